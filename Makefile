@@ -1,0 +1,85 @@
+# Works in a fresh clone with Python >= 3.11 and a package index:
+#   make demo      the embedded model writes a story, then answers eight prompts
+#   make test      all tests that need only a CPU
+#   make check     all that is asked of a change: style, types, import rules, tests
+#   make fix       formats, and mends what ruff can mend
+#   make simulate  the scheduler simulator on 10,000 seeds
+#   make bench     the offline benchmark on the embedded model
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+SEEDS ?= 10000
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
+CPU_TESTS := -m "not aot" --ignore tests/parity --ignore tests/aot
+
+.PHONY: demo test check lint parity aot fix simulate bench clean
+.DEFAULT_GOAL := test
+
+# --- environment: a stamp per set of packages, older than pyproject.toml or not ---
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-test
+	$(PIP) install --editable '.[dev]'
+	@touch $@
+
+# The oracle of the parity tests; never needed to run jllm.
+$(VENV)/.installed-torch: $(VENV)/.installed-test
+	$(PIP) install torch==2.13.0
+	@touch $@
+
+$(VENV)/.installed-aot: $(VENV)/.installed-test
+	$(PIP) install --editable '.[test,aot]'
+	@touch $@
+
+# --- what users and developers call -------------------------------------------
+
+demo: $(VENV)/.installed
+	$(BIN)/jllm demo
+
+test: $(VENV)/.installed-test
+	$(PYTEST) $(CPU_TESTS) --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+check: lint parity aot
+	$(MAKE) test PYTEST_ARGS="--cov --cov-report=term $(PYTEST_ARGS)"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+
+parity: $(VENV)/.installed-torch
+	$(PYTEST) tests/parity $(PYTEST_ARGS)
+
+aot: $(VENV)/.installed-aot
+	$(PYTEST) tests/aot $(PYTEST_ARGS)
+
+fix: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+simulate: $(VENV)/.installed-test
+	$(PYTEST) tests/jllm/scheduler/test_simulator.py --simulator-seeds $(SEEDS)
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/offline.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,143 @@
+"""Engine options: one frozen dataclass, validated before anything is loaded."""
+
+import dataclasses
+from typing import Any, Literal
+
+from jllm.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "safetensors", "random"]
+AttentionImplementation = Literal["auto", "reference", "blocked"]
+
+
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All options of the engine; the command line's flags are made from these fields."""
+
+    model: str | None = _option(
+        None, "directory or Hugging Face id; none is the embedded model"
+    )
+    tokenizer: str | None = _option(None, "directory or id of the tokenizer, if other")
+    skip_tokenizer_init: bool = _option(False, "token ids in, token ids out")
+    chat_template: str | None = _option(None, "file that replaces the model's template")
+    revision: str | None = _option(None, "branch, tag or commit of a Hugging Face id")
+    generation_config: Literal["auto", "vllm"] = _option(
+        "auto", "auto takes sampling defaults from the model, vllm the neutral ones"
+    )
+    dtype: Dtype = _option(
+        "auto", "type of weights, activations and KV; auto: as saved"
+    )
+    load_format: LoadFormat = _option("auto", "random makes weights from config.json")
+    seed: int = _option(0, "seed of random weights and of requests without a seed")
+    max_model_len: int | None = _option(
+        None, "longest context in tokens; none takes the model's"
+    )
+    max_num_seqs: int | None = _option(
+        None, "most requests running at once; none is 32 on CPU, 256 elsewhere"
+    )
+    max_num_batched_tokens: int | None = _option(
+        None, "token budget of one step; none is 512 on CPU, 4096 elsewhere"
+    )
+    block_size: int | None = _option(
+        None, "tokens per KV block; none is 128 on TPU, 16 elsewhere"
+    )
+    num_blocks: int | None = _option(
+        None, "KV blocks in the pool; none fills the memory allowed"
+    )
+    memory_utilization: float | None = _option(
+        None,
+        "share of the device's memory for weights, KV pool and temporaries; "
+        "none is 0.3 on CPU, 0.9 elsewhere",
+    )
+    enable_prefix_caching: bool = _option(True, "share the KV of equal prompt starts")
+    overlap: bool = _option(True, "launch a step before the last one's tokens are read")
+    max_logprobs: int = _option(20, "most logprobs per token; -1 is the vocabulary")
+    attention: AttentionImplementation = _option(
+        "auto", "attention implementation; a forced one never falls back"
+    )
+    tensor_parallel_size: int = _option(1, "devices that share each layer")
+    data_parallel_size: int = _option(1, "independent replicas of the model")
+    compilation_cache_dir: str | None = _option(
+        None, "folder of compiled programs; none is the user's cache folder"
+    )
+
+    def __post_init__(self) -> None:
+        """Checks types and ranges; raises `ConfigError` naming field and bound."""
+        for field in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "num_blocks",
+        ):
+            if getattr(self, field) is not None:
+                self._check_integer(field, 1)
+        for field in ("tensor_parallel_size", "data_parallel_size"):
+            self._check_integer(field, 1)
+        self._check_integer("seed", 0)
+        self._check_integer("max_logprobs", -1)
+        for field in (
+            "skip_tokenizer_init",
+            "enable_prefix_caching",
+            "overlap",
+        ):
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(
+                    f"{field}={getattr(self, field)!r} must be true or false"
+                )
+        share = self.memory_utilization
+        if share is not None and (
+            isinstance(share, bool)
+            or not isinstance(share, (int, float))  # pyright: ignore
+            or not 0 < share <= 1
+        ):
+            raise ConfigError(
+                f"memory_utilization={share!r} must be above 0 and at most 1"
+            )
+        self._check_choice("dtype", Dtype)
+        self._check_choice("load_format", LoadFormat)
+        self._check_choice("attention", AttentionImplementation)
+        self._check_choice("generation_config", Literal["auto", "vllm"])
+
+    def _check_integer(self, field: str, low: int) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ConfigError(f"{field}={value!r} must be an integer, at least {low}")
+
+    def _check_choice(self, field: str, choices: Any) -> None:
+        value = getattr(self, field)
+        if value not in choices.__args__:
+            names = ", ".join(choices.__args__)
+            raise ConfigError(f"{field}={value!r} must be one of {names}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """What the scheduler needs to know; all counts, no arrays.
+
+    Attributes:
+        max_num_seqs: Rows of the device table: most requests running at once.
+        token_budget: Most tokens of one step.
+        block_size: Tokens per KV block.
+        num_blocks: Blocks in the pool.
+        max_model_len: Most tokens of one sequence, prompt and output.
+        max_block_appends: Most table entries that one step can carry.
+        max_block_copies: Most copy-on-write block copies of one step.
+        enable_prefix_caching: Whether full blocks are shared by content.
+        max_preemptions: Most preemptions of one sequence; a sequence that has reached
+            it starts only when all blocks that it can need are reserved for it.
+    """
+
+    max_num_seqs: int
+    token_budget: int
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_block_appends: int
+    max_block_copies: int = 8
+    enable_prefix_caching: bool = True
+    max_preemptions: int = 8

@@ -1,0 +1,1 @@
+"""Where host policy meets device work; knows no text and no HTTP."""

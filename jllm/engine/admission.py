@@ -1,0 +1,181 @@
+"""From a request to the sequences that are scheduled; refuses what cannot be run."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jllm.errors import ContextTooLongError, InvalidRequestError
+from jllm.sampling.rules import RowRules, RuleLayout, pack_rules
+from jllm.scheduler.request import Request
+from jllm.types import EngineRequest, SamplingParams, TokenLogprobs
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds that every request has to respect.
+
+    Attributes:
+        vocab_size: Token ids.
+        max_model_len: Most tokens of prompt and output.
+        max_logprobs: Most log-probabilities per token.
+        eos_token_ids: Tokens that end the output of this model.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    max_logprobs: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(slots=True)
+class Job:
+    """What the engine remembers of one sequence, beside the scheduler's `Request`.
+
+    Attributes:
+        request: The request that it belongs to.
+        end: Length at which it is full.
+        seed: Its random stream.
+        stop_token_ids: All tokens that end it, those the user named first.
+        rules: Packed sampling rules, None when it needs no sampler program.
+        prompt_logprobs: Collected entries by position, from position 1.
+    """
+
+    request: EngineRequest
+    end: int
+    seed: int
+    stop_token_ids: tuple[int, ...]
+    rules: np.ndarray | None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+
+def validate(request: EngineRequest, limits: Limits) -> None:
+    """Refuses a request before anything is queued.
+
+    Raises:
+        ContextTooLongError: The prompt leaves no room for a token.
+        InvalidRequestError: Another field is wrong; names field, value and bound.
+    """
+    prompt, params = request.prompt_token_ids, request.params
+    if not prompt:
+        raise InvalidRequestError("the prompt is empty", parameter="prompt")
+    _check_ids("prompt_token_ids", prompt, limits.vocab_size)
+    if len(prompt) >= limits.max_model_len:
+        raise ContextTooLongError(
+            f"the prompt has {len(prompt)} tokens, but max_model_len="
+            f"{limits.max_model_len} must also hold at least one generated token",
+            parameter="prompt",
+        )
+    for field in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        _check_ids(field, getattr(params, field) or (), limits.vocab_size)
+    _check_ids("logit_bias", params.logit_bias or (), limits.vocab_size)
+    for word in request.bad_words_token_ids:
+        _check_ids("bad_words", word, limits.vocab_size)
+    for field in ("logprobs", "prompt_logprobs"):
+        count = getattr(params, field)
+        asked = limits.vocab_size if count == -1 else count
+        if asked is not None and asked > limits.max_logprobs:
+            raise InvalidRequestError(
+                f"{field}={count} must be at most max_logprobs={limits.max_logprobs}",
+                parameter=field,
+            )
+
+
+def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int):  # pyright: ignore
+            raise InvalidRequestError(
+                f"{field} holds {token!r}, which is no token id", parameter=field
+            )
+        if not 0 <= token < vocab_size:
+            raise InvalidRequestError(
+                f"{field} holds {token}, which is out of vocabulary: ids are between "
+                f"0 and {vocab_size - 1}",
+                parameter=field,
+            )
+
+
+def make_sequences(
+    request: EngineRequest,
+    limits: Limits,
+    rule_layout: RuleLayout,
+    *,
+    seed: int,
+    first_id: int,
+    arrival: int,
+) -> list[Request]:
+    """The `n` sequences of a valid request; all but the first are forks of it.
+
+    Sequence `i` has the seed of the request plus `i`.
+    """
+    params, prompt = request.params, request.prompt_token_ids
+    room = limits.max_model_len - len(prompt)
+    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    eos = () if params.ignore_eos else (*limits.eos_token_ids, *request.eos_token_ids)
+    stop_ids = tuple(dict.fromkeys((*(params.stop_token_ids or ()), *eos)))
+    rules = None
+    if needs_sampler(request, stop_ids):
+        rules = pack_rules(rule_layout, _row_rules(request, stop_ids))
+    sequences: list[Request] = []
+    for index in range(params.n):
+        job = Job(
+            request=request,
+            end=len(prompt) + max_tokens,
+            seed=(seed + index) % 2**64,
+            stop_token_ids=stop_ids,
+            rules=rules,
+        )
+        wants_prompt = params.prompt_logprobs is not None and index == 0
+        if wants_prompt:
+            job.prompt_logprobs = [None] * (len(prompt) - 1)
+        sequences.append(
+            Request(
+                sequence_id=first_id + index,
+                request_id=request.request_id,
+                index=index,
+                prompt_token_ids=prompt,
+                max_tokens=max_tokens,
+                min_tokens=params.min_tokens,
+                stop_token_ids=frozenset(stop_ids),
+                priority=request.priority,
+                arrival=arrival,
+                cache_salt=request.cache_salt,
+                read_prefix_cache=not wants_prompt,
+                fork_of=sequences[0] if index else None,
+                payload=job,
+            )
+        )
+    return sequences
+
+
+def needs_sampler(request: EngineRequest, stop_ids: Sequence[int]) -> bool:
+    """Whether its tokens need more than argmax or a plain temperature."""
+    params = request.params
+    return (
+        _has_filters(params)
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or params.repetition_penalty != 1
+        or params.logprobs is not None
+        or bool(params.logprob_token_ids)
+        or bool(params.logit_bias)
+        or params.allowed_token_ids is not None
+        or bool(request.bad_words_token_ids)
+        or (params.min_tokens > 0 and bool(stop_ids))
+    )
+
+
+def _has_filters(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
+def _row_rules(request: EngineRequest, stop_ids: tuple[int, ...]) -> RowRules:
+    params = request.params
+    allowed = params.allowed_token_ids
+    return RowRules(
+        logit_bias=dict(params.logit_bias or {}),
+        allowed_token_ids=None if allowed is None else tuple(allowed),
+        stop_token_ids=stop_ids if params.min_tokens else (),
+        bad_words_token_ids=request.bad_words_token_ids,
+        logprob_token_ids=tuple(params.logprob_token_ids or ()),
+    )

@@ -1,0 +1,66 @@
+"""How many KV blocks fit: one formula over what the compiler and the device report."""
+
+import dataclasses
+import math
+
+import jax
+import psutil
+
+from jllm.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """Bytes on one device.
+
+    Attributes:
+        capacity: Memory that could be used before the weights were loaded.
+        utilization: Share of it that may be used.
+        weights: Weights on this device.
+        temporaries: Largest scratch memory of any program, and its results.
+        block: One block of all layers' pools, and of the token history.
+        most_useful_blocks: Blocks beyond which none could be used.
+    """
+
+    capacity: int
+    utilization: float
+    weights: int
+    temporaries: int
+    block: int
+    most_useful_blocks: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that fit: what weights and temporaries leave of the share."""
+        free = self.capacity * self.utilization - self.weights - self.temporaries
+        return max(0, min(math.floor(free / self.block), self.most_useful_blocks))
+
+    def require(self, num_blocks: int) -> int:
+        """The blocks that fit, at least `num_blocks`.
+
+        Raises:
+            ConfigError: Fewer fit; names the sizes.
+        """
+        if self.num_blocks < num_blocks:
+            gib = 2**30
+            raise ConfigError(
+                f"memory_utilization={self.utilization} of "
+                f"{self.capacity / gib:.2f} GiB leaves {self.num_blocks} KV blocks "
+                f"beside {self.weights / gib:.2f} GiB of weights and "
+                f"{self.temporaries / gib:.2f} GiB of temporaries, but the smallest "
+                f"pool has {num_blocks}"
+            )
+        return self.num_blocks
+
+
+def device_capacity(device: jax.Device) -> int:
+    """Bytes of memory that a device can still give to this process."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return psutil.virtual_memory().available
+
+
+def default_utilization(platform: str) -> float:
+    """Nearly all of an accelerator, but not of a computer that others use too."""
+    return 0.3 if platform == "cpu" else 0.9

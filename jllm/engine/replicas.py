@@ -1,0 +1,79 @@
+"""Data parallelism: independent engines behind the interface of one."""
+
+from collections.abc import Sequence
+
+from jllm.engine.admission import Limits
+from jllm.engine.engine import Engine, ModelInfo
+from jllm.types import EngineRequest, TokenOutput
+
+
+class Replicas:
+    """Sends each request to the replica with the fewest open ones.
+
+    Replicas share no state: each has its own devices, weights, pool and scheduler.
+    """
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        """Takes over engines of the same model, at least one."""
+        self._engines = list(engines)
+        self._owner: dict[str, Engine] = {}
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds of requests; the same for all replicas."""
+        return self._engines[0].limits
+
+    @property
+    def info(self) -> ModelInfo:
+        """Where the model came from."""
+        return self._engines[0].info
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The replicas, to look at."""
+        return tuple(self._engines)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a step would do anything."""
+        return any(engine.has_unfinished for engine in self._engines)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request; see `Engine.add`."""
+        owner = self._owner.get(request.request_id)
+        if owner is None or not owner.is_open(request.request_id):
+            owner = min(self._engines, key=lambda engine: engine.num_open)
+        owner.add(request)
+        self._owner[request.request_id] = owner
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; unknown ids are ignored."""
+        owner = self._owner.pop(request_id, None)
+        if owner is not None:
+            owner.abort(request_id)
+
+    def abort_sequence(self, request_id: str, index: int) -> None:
+        """Ends one of the sequences of a request, the others go on."""
+        owner = self._owner.get(request_id)
+        if owner is not None:
+            owner.abort_sequence(request_id, index)
+
+    def step(self) -> list[TokenOutput]:
+        """Steps every replica; while one is waited for, the others compute."""
+        outputs: list[TokenOutput] = []
+        for engine in self._engines:
+            outputs += engine.step()
+        for output in outputs:
+            owner = self._owner.get(output.request_id)
+            if owner is not None and not owner.is_open(output.request_id):
+                del self._owner[output.request_id]
+        return outputs
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets cached prefixes of all replicas."""
+        return all([engine.reset_prefix_cache() for engine in self._engines])
+
+    def close(self) -> None:
+        """Closes every replica."""
+        for engine in self._engines:
+            engine.close()

@@ -1,0 +1,301 @@
+"""The pure step functions, the only jitted code on the path of a token.
+
+A step is: apply updates, gather the batch, forward, sample, record. Both steps take and
+return the whole device state, which is donated: every leaf keeps its address.
+"""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jllm.engine.inputs import (
+    NO_BLOCK,
+    DecodeInput,
+    InputLayout,
+    PrefillInput,
+    split_vector,
+)
+from jllm.engine.state import EngineState, RowField, RowTable
+from jllm.layers.attention import copy_cache_blocks
+from jllm.models.base import Batch, Model, Weights
+from jllm.sampling.logprobs import prompt_logprobs
+from jllm.sampling.rows import TokenHistory
+from jllm.sampling.sampler import DrawMethod, draw, sample
+
+FINITE = 1
+"""Flag of a row whose logits were all finite."""
+
+
+@flax.struct.dataclass
+class StepResult:
+    """What a step leaves on the device.
+
+    Attributes:
+        packed: Token and flags of each row; all that a plain step copies back.
+        logits: Scores from which the token was drawn, for the sampler program.
+        sampled_rows: Row of the table that sampled; past the table where none did.
+        hidden: Hidden states of all tokens, for prompt log-probabilities.
+    """
+
+    packed: Int[Array, "S 2"]
+    logits: Float[Array, "S V"]
+    sampled_rows: Int[Array, " S"]
+    hidden: Float[Array, "T E"]
+
+
+class Turn(NamedTuple):
+    """The rows of a step and how far each goes.
+
+    Attributes:
+        row_ids: Row of the table; ids past it are padding.
+        rows: Their entries before the step.
+        advance: Tokens that each computes.
+        samples: Which of them sample a token.
+    """
+
+    row_ids: Int[Array, " S"]
+    rows: RowTable
+    advance: Int[Array, " S"]
+    samples: Bool[Array, " S"]
+
+
+def decode_step(
+    model: Model,
+    layout: InputLayout,
+    method: DrawMethod,
+    weights: Weights,
+    state: EngineState,
+    vector: Int[Array, " I"],
+) -> tuple[EngineState, StepResult]:
+    """Computes the last sampled token of each row and samples the next.
+
+    Donates: state.
+    """
+    inputs = DecodeInput(**split_vector(layout, vector))
+    rows = state.rows.take(inputs.rows)
+    positions = rows.integer(RowField.POSITION)
+    live = _live(rows, inputs.rows, state)
+    block_size = state.block_tokens.shape[1]
+    appends = live & (inputs.blocks != NO_BLOCK)
+    tables = state.block_tables.at[
+        _drop_unless(appends, inputs.rows, state), positions // block_size
+    ].set(inputs.blocks, mode="drop", unique_indices=True)
+    state = state.replace(block_tables=tables)  # pyright: ignore[reportAttributeAccessIssue]
+    batch = Batch(
+        tokens=rows.integer(RowField.LAST_TOKEN),
+        positions=positions,
+        slots=_slots(state, inputs.rows, positions, live),
+        block_tables=tables.at[inputs.rows].get(mode="clip"),
+        row_starts=jnp.arange(layout.num_rows + 1, dtype=jnp.int32),
+        lengths=jnp.where(live, positions + 1, 0),
+        is_decode=True,
+    )
+    state, hidden = _forward(model, weights, state, batch)
+    logits = model.logits(weights, hidden)
+    turn = Turn(inputs.rows, rows, live.astype(jnp.int32), live)
+    return _draw_and_record(method, state, turn, logits, hidden)
+
+
+def prefill_step(
+    model: Model,
+    layout: InputLayout,
+    method: DrawMethod,
+    weights: Weights,
+    state: EngineState,
+    vector: Int[Array, " I"],
+) -> tuple[EngineState, StepResult]:
+    """Computes prompt chunks and single tokens in any mix.
+
+    Donates: state.
+    """
+    inputs = PrefillInput(**split_vector(layout, vector))
+    state = _apply_updates(state, inputs)
+    rows = state.rows.take(inputs.rows)
+    live = _live(rows, inputs.rows, state)
+    batch = _ragged_batch(layout, state, inputs, rows, live)
+    state, hidden = _forward(model, weights, state, batch)
+    last = hidden.at[batch.row_starts[1:] - 1].get(mode="clip")
+    logits = model.logits(weights, last)
+    advance = jnp.where(live, inputs.num_tokens, 0)
+    turn = Turn(inputs.rows, rows, advance, live & (inputs.samples == 1))
+    return _draw_and_record(method, state, turn, logits, hidden)
+
+
+def sampler_step(
+    method: DrawMethod,
+    num_logprobs: int,
+    state: EngineState,
+    logits: Float[Array, "S V"],
+    sampled_rows: Int[Array, " S"],
+    rules: Int[Array, "R X"],
+) -> tuple[EngineState, Int[Array, "S W"]]:
+    """Samples the rows of a step again, with every rule and with log-probabilities.
+
+    Rows without rules get the token that the step itself drew. Donates: state.
+    """
+    rows = state.rows.take(sampled_rows)
+    positions = rows.integer(RowField.POSITION)
+    history = TokenHistory(
+        block_tokens=state.block_tokens,
+        block_tables=state.block_tables.at[sampled_rows].get(mode="clip"),
+        lengths=positions,
+    )
+    own_rules = rules.at[sampled_rows].get(mode="clip")
+    result = sample(
+        logits, rows.sampling(positions), history, own_rules, num_logprobs, method
+    )
+    fields = _record(rows, result.tokens, jnp.ones_like(positions, bool))
+    state = state.replace(rows=state.rows.put(sampled_rows, fields))  # pyright: ignore[reportAttributeAccessIssue]
+    return state, result.packed
+
+
+def prompt_logprobs_step(
+    model: Model,
+    num_logprobs: int,
+    weights: Weights,
+    hidden: Float[Array, "T E"],
+    targets: Int[Array, " T"],
+) -> Int[Array, "T W"]:
+    """Log-probabilities of given next tokens, never tokens x vocabulary in memory."""
+    return prompt_logprobs(
+        hidden, targets, lambda some: model.logits(weights, some), num_logprobs
+    )
+
+
+def _live(rows: RowTable, row_ids: Array, state: EngineState) -> Bool[Array, " S"]:
+    """Rows that compute: within the table and not done."""
+    in_table = row_ids < state.block_tables.shape[0]
+    return in_table & (rows.integer(RowField.DONE) == 0)
+
+
+def _drop_unless(
+    keep: Bool[Array, " S"], row_ids: Int[Array, " S"], state: EngineState
+) -> Int[Array, " S"]:
+    """Row ids, replaced by distinct ones past the table where not `keep`."""
+    num_rows = row_ids.shape[0]
+    past = state.block_tables.shape[0] + num_rows + jnp.arange(num_rows)
+    return jnp.where(keep, row_ids, past.astype(jnp.int32))
+
+
+def _slots(
+    state: EngineState,
+    row_ids: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    live: Bool[Array, " T"],
+) -> Int[Array, " T"]:
+    """Place of each token in the pool; distinct ones past it for tokens not live."""
+    num_blocks, block_size = state.block_tokens.shape
+    blocks = state.block_tables.at[row_ids, positions // block_size].get(mode="clip")
+    past = num_blocks * block_size + jnp.arange(positions.shape[0])
+    return jnp.where(
+        live, blocks * block_size + positions % block_size, past.astype(jnp.int32)
+    )
+
+
+def _apply_updates(state: EngineState, inputs: PrefillInput) -> EngineState:
+    """Copies blocks, initialises rows that start, appends to block tables."""
+    *kv, block_tokens = copy_cache_blocks(
+        (*state.kv, state.block_tokens), inputs.copy_sources, inputs.copy_targets
+    )
+    starting = _drop_unless(inputs.starts == 1, inputs.rows, state)
+    rows = state.rows.put(starting, inputs.fields)
+    ends = jnp.cumsum(inputs.num_blocks)
+    entries = jnp.arange(inputs.blocks.shape[0], dtype=jnp.int32)
+    owners = jnp.sum(entries[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
+    owners = jnp.minimum(owners, ends.shape[0] - 1)
+    starts = (ends - inputs.num_blocks)[owners]
+    columns = inputs.first_block[owners] + entries - starts
+    used = entries < ends[-1]
+    table_rows = jnp.where(used, inputs.rows[owners], state.block_tables.shape[0])
+    # Unused entries are made distinct by their column; they are dropped by their row.
+    columns = jnp.where(used, columns, entries)
+    tables = state.block_tables.at[table_rows, columns].set(
+        inputs.blocks, mode="drop", unique_indices=True
+    )
+    return EngineState(
+        kv=tuple(kv), block_tables=tables, block_tokens=block_tokens, rows=rows
+    )
+
+
+def _ragged_batch(
+    layout: InputLayout,
+    state: EngineState,
+    inputs: PrefillInput,
+    rows: RowTable,
+    live: Bool[Array, " S"],
+) -> Batch:
+    """Expands rows to tokens: which row, which position, which slot."""
+    ends = jnp.cumsum(inputs.num_tokens)
+    row_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+    tokens = jnp.arange(layout.num_tokens, dtype=jnp.int32)
+    owners = jnp.sum(tokens[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
+    used = owners < layout.num_rows
+    owners = jnp.minimum(owners, layout.num_rows - 1)
+    offsets = tokens - row_starts[owners]
+    first = rows.integer(RowField.POSITION)
+    positions = jnp.where(used, first[owners] + offsets, 0)
+    last_tokens = rows.integer(RowField.LAST_TOKEN)
+    uploaded = inputs.uploads[owners] == 1
+    return Batch(
+        tokens=jnp.where(uploaded, inputs.tokens, last_tokens[owners]),
+        positions=positions,
+        slots=_slots(state, inputs.rows[owners], positions, used & live[owners]),
+        block_tables=state.block_tables.at[inputs.rows].get(mode="clip"),
+        row_starts=row_starts,
+        lengths=jnp.where(live, first + inputs.num_tokens, inputs.num_tokens),
+    )
+
+
+def _forward(
+    model: Model, weights: Weights, state: EngineState, batch: Batch
+) -> tuple[EngineState, Float[Array, "T E"]]:
+    """Runs the network and records the tokens of the places that it wrote."""
+    hidden, kv = model.forward(weights, state.kv, batch)
+    block_size = state.block_tokens.shape[1]
+    block_tokens = state.block_tokens.at[
+        batch.slots // block_size, batch.slots % block_size
+    ].set(batch.tokens, mode="drop", unique_indices=True)
+    return state.replace(kv=kv, block_tokens=block_tokens), hidden  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _draw_and_record(
+    method: DrawMethod,
+    state: EngineState,
+    turn: Turn,
+    logits: Float[Array, "S V"],
+    hidden: Float[Array, "T E"],
+) -> tuple[EngineState, StepResult]:
+    """Draws a token per row, greedy or by temperature, and advances the rows."""
+    positions = turn.rows.integer(RowField.POSITION) + turn.advance
+    tokens = draw(logits, turn.rows.sampling(positions), method)
+    moved = RowTable(turn.rows.fields.at[:, RowField.POSITION].set(positions))
+    fields = _record(moved, tokens, turn.samples)
+    # A NaN anywhere makes the largest logit NaN; padded ids are minus infinity.
+    finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    result = StepResult(
+        packed=jnp.stack([tokens, jnp.where(finite, FINITE, 0)], axis=1),
+        logits=logits,
+        sampled_rows=_drop_unless(turn.samples, turn.row_ids, state),
+        hidden=hidden,
+    )
+    rows = state.rows.put(turn.row_ids, fields)
+    return state.replace(rows=rows), result  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _record(
+    rows: RowTable, tokens: Int[Array, " S"], samples: Bool[Array, " S"]
+) -> Int[Array, "S F"]:
+    """Row table entries after sampling: last token, and whether the row is done."""
+    length = rows.integer(RowField.POSITION) + 1
+    stopped = jnp.any(tokens[:, None] == rows.stop_ids(), axis=1)
+    num_output = length - rows.integer(RowField.PROMPT_LEN)
+    stopped &= num_output > rows.integer(RowField.MIN_TOKENS)
+    done = stopped | (length >= rows.integer(RowField.END))
+    was_done = rows.integer(RowField.DONE) == 1
+    done = jnp.where(samples, done, was_done)
+    last = jnp.where(samples, tokens, rows.integer(RowField.LAST_TOKEN))
+    fields = rows.fields.at[:, RowField.LAST_TOKEN].set(last)
+    return fields.at[:, RowField.DONE].set(done.astype(jnp.int32))

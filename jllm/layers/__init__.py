@@ -1,0 +1,1 @@
+"""Pure functions on arrays; the place where sharding and kernels meet."""

@@ -1,0 +1,33 @@
+"""The tokens of one step, as models and attention layers take them."""
+
+import flax.struct
+from jax import Array
+from jaxtyping import Int
+
+
+@flax.struct.dataclass
+class Batch:
+    """The tokens of one step, packed row after row.
+
+    Tokens of row `s` are `row_starts[s] : row_starts[s + 1]`; they are the last ones of
+    its context, so that the query at place `i` of the row sees keys up to and including
+    its own position. Padding tokens lie past `row_starts[-1]`.
+
+    Attributes:
+        tokens: Token ids.
+        positions: Position of each token in its own sequence.
+        slots: Where each token's key and value go, `block * block_size + place`; a slot
+            outside the pool is not written. All slots are distinct.
+        block_tables: Pool block of each run of `block_size` positions of each row.
+        row_starts: First token of each row in the packed order, then their number.
+        lengths: Tokens of each row in the cache after this step; zero for unused rows.
+        is_decode: Whether every row has exactly one token, token `s` that of row `s`.
+    """
+
+    tokens: Int[Array, " T"]
+    positions: Int[Array, " T"]
+    slots: Int[Array, " T"]
+    block_tables: Int[Array, "S M"]
+    row_starts: Int[Array, " S+1"]
+    lengths: Int[Array, " S"]
+    is_decode: bool = flax.struct.field(pytree_node=False, default=False)

@@ -1,0 +1,1 @@
+"""What a network is; knows neither scheduler nor server."""

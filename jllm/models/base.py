@@ -1,0 +1,136 @@
+"""What a model is: declared parameters and a pure forward function.
+
+A family module declares every weight once as a `ParamSpec`. Loading, random
+initialisation, sharding and the byte counts are all derived from that declaration.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from jllm.layers.batch import Batch
+
+Weights = Mapping[str, Any]
+"""Tree of arrays with the structure of `Model.specs()`."""
+
+KVCache = tuple[Array, ...]
+"""One pool leaf `[B, 2, K, P, D]` per attention layer."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """One checkpoint tensor that fills a section of a parameter.
+
+    Attributes:
+        name: Tensor name in the checkpoint.
+        repeat: How often each slice along the parameter's first axis is written in
+            turn; used when KV heads are replicated over devices.
+    """
+
+    name: str
+    repeat: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """Declaration of one parameter.
+
+    The parameter is the concatenation of its parts along `concat_axis`, each part
+    reshaped to `shape` with that one axis left to be inferred from its size. With a
+    single part this is a plain reshape, usually the identity.
+
+    Attributes:
+        shape: Shape of the parameter as the model uses it.
+        axes: Logical axis name of each dimension, None for an unsharded one.
+        parts: Checkpoint tensors, in the order in which they are concatenated.
+        concat_axis: Dimension along which the parts are concatenated.
+        init: "normal" (scaled by fan-in), "ones" or "zeros"; for random weights.
+        pad_axis: Dimension that may be longer than the checkpoint's; the rest is zero.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    parts: tuple[Part, ...]
+    concat_axis: int = 0
+    init: str = "normal"
+    pad_axis: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """What the engine decides about a model, beside its config.json.
+
+    Attributes:
+        dtype: Type of weights, activations and KV pool.
+        max_model_len: Longest context; scalings of RoPE that depend on it are fixed.
+        attention: Attention implementation; a forced one never falls back.
+        mesh: Devices that share each layer, None for a single one.
+    """
+
+    dtype: str = "float32"
+    max_model_len: int = 2048
+    attention: Literal["auto", "reference", "blocked"] = "auto"
+    mesh: Mesh | None = None
+
+    @property
+    def tensor_size(self) -> int:
+        """Number of devices that share each layer."""
+        return 1 if self.mesh is None else self.mesh.shape["tensor"]
+
+
+class Model(Protocol):
+    """A network: its declared weights and two pure functions over them."""
+
+    @property
+    def options(self) -> ModelOptions:
+        """What the engine decided."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Number of leaves of the KV cache."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, without padding."""
+        ...
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Width of the logits."""
+        ...
+
+    def specs(self) -> dict[str, Any]:
+        """The tree of `ParamSpec` from which weights are loaded."""
+        ...
+
+    def kv_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        """Shape `(B, 2, K, P, D)` of one layer's pool."""
+        ...
+
+    def init_kv(self, num_blocks: int, block_size: int) -> KVCache:
+        """An empty cache, all zeros."""
+        ...
+
+    def forward(
+        self, weights: Weights, kv: KVCache, batch: Batch
+    ) -> tuple[Float[Array, "T E"], KVCache]:
+        """Hidden states after the last norm, and the cache with the new tokens."""
+        ...
+
+    def logits(
+        self, weights: Weights, hidden: Float[Array, "N E"]
+    ) -> Float[Array, "N V"]:
+        """Scores of the next token in float32; padded ids are minus infinity."""
+        ...

@@ -1,0 +1,319 @@
+"""The configurable decoder that the dense families are instances of.
+
+A family module turns a config.json into a `DecoderConfig`; everything else is here.
+"""
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float
+
+from jllm.errors import ConfigError
+from jllm.layers.attention import KV_HEADS, AttentionOptions, cached_attention
+from jllm.layers.embedding import embed, output_logits
+from jllm.layers.linear import linear
+from jllm.layers.mlp import gated_mlp
+from jllm.layers.norm import rms_norm
+from jllm.layers.rope import RopeConfig, apply_rope, rope_frequencies
+from jllm.models.base import (
+    Batch,
+    KVCache,
+    ModelOptions,
+    ParamSpec,
+    Part,
+    Weights,
+)
+
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this per device."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Shape of a dense decoder.
+
+    Attributes:
+        vocab_size: Token ids.
+        width: Model width `E`.
+        num_layers: Layers `L`.
+        num_heads: Query heads `H`.
+        num_kv_heads: KV heads `K`, a divisor of `H`.
+        head_dim: Head width `D`.
+        mlp_width: MLP width `F`.
+        norm_epsilon: Added to the mean square before the root.
+        rope: Rotary position embedding.
+        max_position_embeddings: Longest context that the model was made for.
+        tie_embeddings: Whether the output head is the embedding table.
+        qkv_bias: Whether q, k and v projections have a bias.
+        out_bias: Whether the attention output projection has one.
+        mlp_bias: Whether the MLP projections have one.
+        qk_norm: Whether q and k are normalised per head before RoPE.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm_epsilon: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A dense decoder: declared weights and pure functions over them.
+
+    Attributes:
+        config: Its shape.
+        options: What the engine decided: types, mesh, kernels.
+    """
+
+    config: DecoderConfig
+    options: ModelOptions
+
+    def __post_init__(self) -> None:
+        """Refuses a tensor-parallel size that the heads or the MLP cannot share."""
+        size, config = self.options.tensor_size, self.config
+        if config.num_heads % size or config.mlp_width % size:
+            raise ConfigError(
+                f"tensor_parallel_size={size} must divide the {config.num_heads} query "
+                f"heads and the MLP width {config.mlp_width}"
+            )
+        if config.num_kv_heads % size and size % config.num_kv_heads:
+            raise ConfigError(
+                f"tensor_parallel_size={size} must divide the {config.num_kv_heads} KV "
+                f"heads or be a multiple of them"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, without padding."""
+        return self.config.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        """Number of leaves of the KV cache."""
+        return self.config.num_layers
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Width of the logits: a multiple of `VOCAB_MULTIPLE` on every device."""
+        multiple = VOCAB_MULTIPLE * self.options.tensor_size
+        return -(-self.config.vocab_size // multiple) * multiple
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads in the pool: at least one per device, some of them copies."""
+        return max(self.config.num_kv_heads, self.options.tensor_size)
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head of the pool."""
+        return self.config.num_heads // self.num_kv_heads
+
+    def specs(self) -> dict[str, Any]:
+        """The tree of `ParamSpec` from which weights are loaded."""
+        config = self.config
+        vocab = (self.padded_vocab_size, config.width)
+        norms = [
+            Part(f"model.layers.{i}.{name}.weight")
+            for i in range(config.num_layers)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        ]
+        norms.append(Part("model.norm.weight"))
+        tree: dict[str, Any] = {
+            "embed": ParamSpec(
+                vocab,
+                ("vocab", None),
+                (Part("model.embed_tokens.weight"),),
+                pad_axis=0,
+            ),
+            "norms": ParamSpec(
+                (len(norms), config.width), (None, None), tuple(norms), init="ones"
+            ),
+            "layers": [self._layer_specs(i) for i in range(config.num_layers)],
+        }
+        if config.qk_norm:
+            names = [
+                Part(f"model.layers.{i}.self_attn.{name}.weight")
+                for i in range(config.num_layers)
+                for name in ("q_norm", "k_norm")
+            ]
+            shape = (len(names), config.head_dim)
+            tree["qk_norms"] = ParamSpec(shape, (None, None), tuple(names), init="ones")
+        if not config.tie_embeddings:
+            tree["head"] = ParamSpec(
+                vocab, ("vocab", None), (Part("lm_head.weight"),), pad_axis=0
+            )
+        return tree
+
+    def _layer_specs(self, layer: int) -> dict[str, ParamSpec]:
+        config, kv_heads = self.config, self.num_kv_heads
+        attention = f"model.layers.{layer}.self_attn"
+        mlp = f"model.layers.{layer}.mlp"
+        copies = kv_heads // config.num_kv_heads
+        qkv_rows = (self.group + 2) * config.head_dim
+
+        def qkv_parts(kind: str) -> tuple[Part, ...]:
+            return (
+                Part(f"{attention}.q_proj.{kind}"),
+                Part(f"{attention}.k_proj.{kind}", repeat=copies),
+                Part(f"{attention}.v_proj.{kind}", repeat=copies),
+            )
+
+        def mlp_parts(kind: str) -> tuple[Part, ...]:
+            return Part(f"{mlp}.gate_proj.{kind}"), Part(f"{mlp}.up_proj.{kind}")
+
+        heads_width = config.num_heads * config.head_dim
+        width, mlp_width = config.width, config.mlp_width
+        specs = {
+            # One row group per KV head: its query heads, its key, its value. Sharding
+            # the first axis keeps each query head with its own KV head.
+            "qkv": ParamSpec(
+                (kv_heads, qkv_rows, width),
+                ("kv_heads", None, None),
+                qkv_parts("weight"),
+                concat_axis=1,
+            ),
+            "out": ParamSpec(
+                (width, heads_width),
+                (None, "heads"),
+                (Part(f"{attention}.o_proj.weight"),),
+            ),
+            "gate_up": ParamSpec(
+                (2, mlp_width, width), (None, "mlp", None), mlp_parts("weight")
+            ),
+            "down": ParamSpec(
+                (width, mlp_width), (None, "mlp"), (Part(f"{mlp}.down_proj.weight"),)
+            ),
+        }
+        if config.qkv_bias:
+            specs["qkv_bias"] = ParamSpec(
+                (kv_heads, qkv_rows),
+                ("kv_heads", None),
+                qkv_parts("bias"),
+                concat_axis=1,
+                init="zeros",
+            )
+        if config.out_bias:
+            specs["out_bias"] = ParamSpec(
+                (width,), (None,), (Part(f"{attention}.o_proj.bias"),), init="zeros"
+            )
+        if config.mlp_bias:
+            specs["gate_up_bias"] = ParamSpec(
+                (2, mlp_width), (None, "mlp"), mlp_parts("bias"), init="zeros"
+            )
+            specs["down_bias"] = ParamSpec(
+                (width,), (None,), (Part(f"{mlp}.down_proj.bias"),), init="zeros"
+            )
+        return specs
+
+    def kv_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        """Shape `(B, 2, K, P, D)` of one layer's pool."""
+        return (num_blocks, 2, self.num_kv_heads, block_size, self.config.head_dim)
+
+    def init_kv(self, num_blocks: int, block_size: int) -> KVCache:
+        """An empty cache: zeros, since a NaN in an unused place would spread."""
+        shape = self.kv_shape(num_blocks, block_size)
+        mesh = self.options.mesh
+        device = None if mesh is None else NamedSharding(mesh, KV_HEADS)
+        return tuple(
+            jnp.zeros(shape, self.options.dtype, device=device)
+            for _ in range(self.config.num_layers)
+        )
+
+    def forward(
+        self, weights: Weights, kv: KVCache, batch: Batch
+    ) -> tuple[Float[Array, "T E"], KVCache]:
+        """Hidden states after the last norm, and the cache with the new tokens.
+
+        Pure, and differentiable with `attention="reference"`.
+        """
+        hidden = embed(weights["embed"], batch.tokens)
+        pools: list[Array] = []
+        for layer, pool in enumerate(kv):
+            hidden, pool = self._layer(layer, weights, hidden, pool, batch)
+            pools.append(pool)
+        return self._norm(weights, -1, hidden), tuple(pools)
+
+    def logits(
+        self, weights: Weights, hidden: Float[Array, "N E"]
+    ) -> Float[Array, "N V"]:
+        """Scores of the next token in float32; padded ids are minus infinity."""
+        head = weights["embed" if self.config.tie_embeddings else "head"]
+        return output_logits(head, hidden, self.config.vocab_size)
+
+    def _layer(
+        self, layer: int, weights: Weights, hidden: Array, pool: Array, batch: Batch
+    ) -> tuple[Array, Array]:
+        own = weights["layers"][layer]
+        with jax.named_scope("attention"):
+            normed = self._norm(weights, 2 * layer, hidden)
+            q, keys, values = self._project(layer, weights, normed, batch)
+            attended, pool = cached_attention(
+                q, keys, values, pool, batch, self._attention_options
+            )
+            flat = attended.reshape(attended.shape[0], -1)
+            out = linear(flat, own["out"], own.get("out_bias"))
+            hidden = self._replicate(hidden + out)
+        with jax.named_scope("mlp"):
+            normed = self._norm(weights, 2 * layer + 1, hidden)
+            hidden = self._replicate(hidden + gated_mlp(normed, own))
+        return hidden, pool
+
+    def _project(
+        self, layer: int, weights: Weights, normed: Array, batch: Batch
+    ) -> tuple[Array, Array, Array]:
+        """Queries [T, H, D], keys and values [T, K, D], rotated."""
+        config, own = self.config, weights["layers"][layer]
+        qkv = linear(normed, own["qkv"], own.get("qkv_bias"))  # [T, K, (G + 2) * D]
+        tokens, kv_heads, _ = qkv.shape
+        qkv = qkv.reshape(tokens, kv_heads, self.group + 2, config.head_dim)
+        q, keys, values = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        if config.qk_norm:
+            norms = weights["qk_norms"]
+            q = rms_norm(q, norms[2 * layer], config.norm_epsilon)
+            keys = rms_norm(keys, norms[2 * layer + 1], config.norm_epsilon)
+        q = q.reshape(tokens, config.num_heads, config.head_dim)
+        frequencies, scaling = self._rope
+        return (
+            apply_rope(q, batch.positions, frequencies, scaling),
+            apply_rope(keys, batch.positions, frequencies, scaling),
+            values,
+        )
+
+    def _norm(self, weights: Weights, index: int, hidden: Array) -> Array:
+        return rms_norm(hidden, weights["norms"][index], self.config.norm_epsilon)
+
+    def _replicate(self, hidden: Array) -> Array:
+        """Makes every device hold the sum: the one all-reduce of a half layer."""
+        if self.options.mesh is None:
+            return hidden
+        everywhere = NamedSharding(self.options.mesh, PartitionSpec())
+        return jax.lax.with_sharding_constraint(hidden, everywhere)
+
+    @cached_property
+    def _rope(self) -> tuple[np.ndarray, float]:
+        return rope_frequencies(self.config.rope, self.options.max_model_len)
+
+    @cached_property
+    def _attention_options(self) -> AttentionOptions:
+        return AttentionOptions(
+            scale=self.config.head_dim**-0.5,
+            implementation=self.options.attention,
+            mesh=self.options.mesh,
+        )

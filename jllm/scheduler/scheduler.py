@@ -1,0 +1,406 @@
+"""Decides what each step computes; no arrays, no device, no clock.
+
+There are no phases: a sequence has computed some of its tokens and must catch up with the
+rest, under one budget of tokens per step. Chunks of prompts, single tokens, hits in the
+prefix cache and sequences that were preempted are all this one case.
+
+Sequences take turns by priority, then arrival: first those that run, then those that wait,
+none overtaking. When the pool is exhausted, the last of the running gives up its blocks
+and waits again, which may be the one that asked.
+
+A sequence is preempted `max_preemptions` times at most. From then on it is immune: it
+starts only when all blocks that it can ever need are free, and these are reserved for it.
+So an immune sequence never asks in vain, and whoever does ask in vain can be preempted
+itself: nothing ever waits for a block while it holds one, and the sequence whose turn it is
+starts at the latest when the pool is empty, because one too long for that was refused.
+
+`schedule` may be called while one earlier plan is not committed. The device executes plans
+in order, hence blocks and rows can be given away as soon as their owner has ended.
+"""
+
+import collections
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jllm.config import SchedulerConfig
+from jllm.errors import ConfigError, ContextTooLongError, InvalidRequestError
+from jllm.scheduler.block_pool import BlockPool
+from jllm.scheduler.block_tables import BlockTables, Match
+from jllm.scheduler.draft import Draft
+from jllm.scheduler.plan import StepPlan
+from jllm.scheduler.request import Request, RequestStatus
+from jllm.scheduler.sequences import Sequences
+from jllm.types import FinishReason
+
+MAX_UNCOMMITTED = 2
+SPARE_SHARE = 100
+"""While others run, a start leaves one block in so many free for them to grow into."""
+
+
+class RowResult(NamedTuple):
+    """What the device reports for one row of a plan.
+
+    Attributes:
+        token_id: The sampled token; of no meaning where the row does not sample.
+        finite: Whether the row's logits were finite.
+    """
+
+    token_id: int
+    finite: bool
+
+
+class SequenceUpdate(NamedTuple):
+    """What a committed step did to one sequence.
+
+    Attributes:
+        request: The sequence.
+        plan_index: Its place in the plan's rows.
+        token_id: Its new token, None if it failed.
+        finish_reason: Why it has ended; None if it goes on.
+    """
+
+    request: Request
+    plan_index: int
+    token_id: int | None
+    finish_reason: FinishReason | None
+
+
+class _Launched(NamedTuple):
+    """A plan that is not committed, with the sequences of its rows.
+
+    The number of preemptions at launch tells whether a sequence still has the blocks
+    that the step wrote to.
+    """
+
+    plan: StepPlan
+    requests: list[Request]
+    num_preemptions: list[int]
+
+
+class Scheduler:
+    """Owns all sequences, the block pool and the prefix cache.
+
+    Attributes:
+        config: The limits.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Starts without sequences; raises `ConfigError` for a limit below 1."""
+        for field in config.__slots__:
+            value = getattr(config, field)
+            if field != "max_preemptions" and value is not False and value < 1:
+                raise ConfigError(f"{field}={value} must be at least 1")
+        self.config = config
+        self._tables = BlockTables(
+            config.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self._sequences = Sequences(config.max_num_seqs)
+        self._launched: collections.deque[_Launched] = collections.deque()
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._num_prefix_queries = 0
+        self._num_prefix_hits = 0
+
+    # --- requests in and out -------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queues a sequence.
+
+        Raises:
+            InvalidRequestError: The prompt is empty, or the sequence id is in use.
+            ContextTooLongError: It could never fit in the context or in the pool.
+        """
+        self._check(request)
+        self._sequences.add(request)
+
+    def _check(self, request: Request) -> None:
+        config, length = self.config, request.num_prompt_tokens
+        if not length:
+            raise InvalidRequestError("the prompt is empty", parameter="prompt")
+        if length + 1 > config.max_model_len:
+            raise ContextTooLongError(
+                f"the prompt has {length} tokens, but the context holds "
+                f"{config.max_model_len}, one of them for the output",
+                parameter="prompt",
+            )
+        request.max_tokens = min(request.max_tokens, config.max_model_len - length)
+        needed = self._tables.num_blocks_for(request.max_length)
+        if needed > config.num_blocks:
+            raise ContextTooLongError(
+                f"a prompt of {length} tokens and max_tokens={request.max_tokens} need "
+                f"{needed} KV blocks of {config.block_size} tokens, but the pool has "
+                f"{config.num_blocks}",
+                parameter="max_tokens",
+            )
+
+    def abort(self, request_id: str) -> list[Request]:
+        """Ends all sequences of a request; returns those that had not ended before."""
+        aborted = self._sequences.of_request(request_id)
+        for request in aborted:
+            self._finish(request, "abort")
+        return aborted
+
+    def abort_sequence(self, request: Request) -> None:
+        """Ends one sequence; without effect if it has ended."""
+        if not request.is_finished:
+            self._finish(request, "abort")
+
+    def preempt(self, request: Request) -> bool:
+        """Takes row and blocks from a running sequence, which waits again.
+
+        Returns:
+            Whether it was done: not to a sequence that is immune or does not run.
+        """
+        immune = request.num_preemptions >= self.config.max_preemptions
+        if immune or request.status is not RequestStatus.RUNNING:
+            return False
+        self._tables.release(request)
+        self._sequences.preempt(request)
+        self._num_preemptions += 1
+        return True
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self._tables.release(request)
+        self._sequences.finish(request, reason)
+
+    # --- planning ------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """Plans the next step, which the caller must launch and later commit.
+
+        Returns:
+            The plan, or None if nothing can be computed before the next commit.
+        """
+        assert len(self._launched) < MAX_UNCOMMITTED, "two plans await their commit"
+        draft = Draft(self.config, self._num_steps + 1)
+        num_preemptions = self._num_preemptions
+        self._schedule_running(draft)
+        if self._num_preemptions == num_preemptions:
+            self._schedule_waiting(draft)
+        for parent in draft.first_samples:
+            self._sequences.queue_forks(parent)
+        plan = draft.plan()
+        if plan is not None:
+            self._num_steps = plan.step
+            epochs = [request.num_preemptions for request in draft.requests]
+            self._launched.append(_Launched(plan, draft.requests, epochs))
+        return plan
+
+    def _schedule_running(self, draft: Draft) -> None:
+        block_size, running = self.config.block_size, self._sequences.running
+        index = 0
+        while index < len(running) and draft.tokens_left:
+            request = running[index]
+            index += 1
+            position = request.num_computed_tokens
+            known = len(request.token_ids) + request.num_pending
+            if request.num_pending and known >= request.max_length:
+                continue  # its last token is on the way
+            capacity = len(request.block_ids) * block_size
+            count = min(
+                known - position,
+                draft.tokens_left,
+                capacity - position + draft.appends_left * block_size,
+            )
+            if count <= 0:
+                continue
+            new_blocks: tuple[int, ...] = ()
+            if position + count > capacity:
+                missing = -(-(position + count - capacity) // block_size)
+                new_blocks = self._grow(request, missing)
+                if not new_blocks:
+                    index -= 1  # it was taken out of the list
+                    continue
+            draft.add(request, count, new_blocks)
+
+    def _grow(self, request: Request, count: int) -> tuple[int, ...]:
+        """Finds new blocks, if need be by preemption; none if it was preempted itself.
+
+        Whoever is preempted comes after the request, or is it: it has no row in the
+        draft yet.
+        """
+        while True:
+            blocks = self._tables.grow(request, count)
+            if blocks is not None:
+                return blocks
+            # An immune request has its blocks reserved, so that the request itself is
+            # a victim at the latest.
+            victim = next(
+                v for v in reversed(self._sequences.running) if self.preempt(v)
+            )
+            if victim is request:
+                return ()
+
+    def _schedule_waiting(self, draft: Draft) -> None:
+        while draft.tokens_left and self._sequences.has_free_row:
+            request = self._sequences.next_waiting()
+            # A preempted sequence resumes once the token in flight is known.
+            if request is None or request.num_pending:
+                return
+            match = self._find_match(request, draft)
+            if match is None or not self._start(request, match, draft):
+                return
+
+    def _find_match(self, request: Request, draft: Draft) -> Match | None:
+        """Finds what to share; None if the step has no room for so long a table."""
+        parent = request.fork_of
+        # Blocks of the parent that this very step writes cannot be copied in it.
+        if (
+            parent is not None
+            and not request.num_preemptions
+            and 0 < parent.first_sample_step < draft.step
+        ):
+            match = self._tables.match_fork(request, parent)
+        else:
+            match = self._tables.match(request)
+        if len(match.blocks) >= draft.appends_left:
+            # Whoever starts first in a step takes what there is; others can wait.
+            if draft.num_starts or not draft.appends_left:
+                return None
+            return match.first(draft.appends_left - 1, self.config.block_size)
+        return match if match.source is None or draft.copies_left else None
+
+    def _start(self, request: Request, match: Match, draft: Draft) -> bool:
+        """Starts the sequence at the head of the queue, if the pool has room for it."""
+        tables = self._tables
+        immune = request.num_preemptions >= self.config.max_preemptions
+        length = request.max_length if immune else request.num_tokens + 1
+        table_length = tables.num_blocks_for(length)
+        spare = self.config.num_blocks // SPARE_SHARE if self._sequences.running else 0
+        if not tables.admits(match, table_length, spare):
+            return False
+        self._count_hits(request, match)
+        tables.start(request, match)
+        if immune:
+            tables.reserve(request, table_length - len(match.blocks))
+        self._sequences.start_next()
+        position, size = match.num_tokens, self.config.block_size
+        count = min(
+            request.num_tokens - position,
+            draft.tokens_left,
+            draft.appends_left * size - position,
+        )
+        num_blocks = tables.num_blocks_for(position + count)
+        tables.grow(request, num_blocks - len(match.blocks))
+        draft.add_start(request, count, match)
+        return True
+
+    def _count_hits(self, request: Request, match: Match) -> None:
+        if request.num_preemptions:
+            return
+        request.num_cached_tokens = min(match.num_tokens, request.num_prompt_tokens)
+        self._num_prefix_queries += request.num_prompt_tokens
+        self._num_prefix_hits += request.num_cached_tokens
+
+    # --- results -------------------------------------------------------------
+
+    def commit(
+        self, plan: StepPlan, results: Sequence[RowResult]
+    ) -> list[SequenceUpdate]:
+        """Takes in what the device computed for the oldest plan not yet committed.
+
+        Args:
+            plan: That plan.
+            results: One result per row of the plan.
+
+        Returns:
+            An update for each sequence that got a token or ended. Results for sequences
+            that had ended before are ignored.
+        """
+        launched = self._launched.popleft()
+        assert launched.plan is plan, "plans are committed in the order of their launch"
+        assert len(results) == len(plan.rows), "one result per row"
+        updates: list[SequenceUpdate] = []
+        for index, row in enumerate(plan.rows):
+            request = launched.requests[index]
+            if request.status is RequestStatus.FINISHED:
+                continue
+            token, reason = None, None
+            if not results[index].finite:
+                reason = "error"
+            else:
+                if request.num_preemptions == launched.num_preemptions[index]:
+                    self._tables.record(request, row.position + row.num_tokens)
+                if row.samples:
+                    token = results[index].token_id
+                    reason = self._append(request, token)
+            if reason is not None:
+                self._finish(request, reason)
+            if token is not None or reason is not None:
+                updates.append(SequenceUpdate(request, index, token, reason))
+        return updates
+
+    def _append(self, request: Request, token: int) -> FinishReason | None:
+        """Appends a sampled token; returns the reason if the sequence ends with it."""
+        request.num_pending -= 1
+        request.token_ids.append(token)
+        num_output = len(request.token_ids) - len(request.prompt_token_ids)
+        if token in request.stop_token_ids and num_output >= request.min_tokens:
+            request.stop_reason = token
+            return "stop"
+        return "length" if num_output >= request.max_tokens else None
+
+    # --- state, to be looked at ----------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have a row."""
+        return len(self._sequences.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a row, preempted ones and forks included."""
+        return len(self._sequences) - self.num_running
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any sequence has not ended."""
+        return len(self._sequences) > 0
+
+    def get(self, sequence_id: int) -> Request:
+        """Finds a sequence that has not ended; raises KeyError for others."""
+        return self._sequences.get(sequence_id)
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """The running sequences, in the order of their turn."""
+        return self._sequences.running
+
+    @property
+    def pool(self) -> BlockPool:
+        """The block pool."""
+        return self._tables.pool
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks in no table, cached ones included."""
+        return self._tables.pool.num_free
+
+    @property
+    def num_preemptions(self) -> int:
+        """Preemptions so far."""
+        return self._num_preemptions
+
+    @property
+    def num_prefix_queries(self) -> int:
+        """Prompt tokens looked up in the prefix cache so far."""
+        return self._num_prefix_queries
+
+    @property
+    def num_prefix_hits(self) -> int:
+        """Prompt tokens found there so far, those shared by forks included."""
+        return self._num_prefix_hits
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets the content of all blocks; refuses while any sequence runs."""
+        if self._sequences.running:
+            return False
+        self._tables.forget_content()
+        return True
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless all parts of the state agree."""
+        self._tables.check_integrity(self._sequences.running)
+        self._sequences.check_integrity()

@@ -1,0 +1,1 @@
+"""What several kernels share: checks of arguments, and pieces of attention."""

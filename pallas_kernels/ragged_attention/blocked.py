@@ -1,0 +1,53 @@
+"""Tile after tile, chunk after chunk, only what is live; for the CPU."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from pallas_kernels.common.attention import attend_blocked, pad_tables
+from pallas_kernels.ragged_attention.tiles import make_tiles
+
+TILE_Q = 32
+KEYS_PER_CHUNK = 256
+
+
+def ragged_attention_blocked(
+    q: Float[Array, "T H D"],
+    kv: Float[Array, "B 2 K P D"],
+    block_tables: Int[Array, "S M"],
+    row_starts: Int[Array, " S+1"],
+    lengths: Int[Array, " S"],
+    scale: float,
+) -> Float[Array, "T H D"]:
+    """Attends in proportion to the live tokens; see `api.ragged_attention`."""
+    num_tokens, num_heads, head_dim = q.shape
+    block_size = kv.shape[3]
+    tile_q = min(TILE_Q, num_tokens)
+    blocks_per_chunk = max(1, min(KEYS_PER_CHUNK // block_size, block_tables.shape[1]))
+    tables = pad_tables(block_tables, blocks_per_chunk)
+    tiles = make_tiles(row_starts, num_tokens, tile_q)
+    # A tile reads and writes tile_q tokens; what it writes past its own sequence is
+    # overwritten by the next tile, or lies in this margin.
+    padded = jnp.pad(q, ((0, tile_q), (0, 0), (0, 0)))
+    offsets = jnp.arange(tile_q)
+
+    def attend_tile(tile: Array, out: Array) -> Array:
+        row, first = tiles.rows[tile], tiles.first_tokens[tile]
+        count, length = tiles.num_tokens[tile], lengths[row]
+        first_position = first + length - row_starts[row + 1]
+        positions = jnp.where(offsets < count, first_position + offsets, -1)
+        attended = attend_blocked(
+            jax.lax.dynamic_slice_in_dim(padded, first, tile_q),
+            positions,
+            kv,
+            tables[row],
+            length,
+            scale,
+            blocks_per_chunk=blocks_per_chunk,
+            num_chunks=-(-(first_position + count) // (blocks_per_chunk * block_size)),
+        )
+        return jax.lax.dynamic_update_slice_in_dim(out, attended, first, 0)
+
+    out = jnp.zeros((num_tokens + tile_q, num_heads, head_dim), q.dtype)
+    return jax.lax.fori_loop(0, tiles.num_used, attend_tile, out)[:num_tokens]

@@ -1,0 +1,43 @@
+"""The obvious version: every tile gathers its sequence's table; differentiable."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from pallas_kernels.common.attention import attend_dense
+from pallas_kernels.ragged_attention.tiles import make_tiles
+
+TILE_Q = 64
+
+
+def ragged_attention_reference(
+    q: Float[Array, "T H D"],
+    kv: Float[Array, "B 2 K P D"],
+    block_tables: Int[Array, "S M"],
+    row_starts: Int[Array, " S+1"],
+    lengths: Int[Array, " S"],
+    scale: float,
+) -> Float[Array, "T H D"]:
+    """Attends all tiles at once to whole tables; see `api.ragged_attention`."""
+    num_tokens = q.shape[0]
+    tile_q = min(TILE_Q, num_tokens)
+    tiles = make_tiles(row_starts, num_tokens, tile_q)
+    offsets = jnp.arange(tile_q)
+    tokens = tiles.first_tokens[:, None] + offsets[None, :]  # [N, tile_q]
+    used = offsets[None, :] < tiles.num_tokens[:, None]
+    # Position of token i of a sequence: it ends at the sequence's length.
+    shift = (lengths - row_starts[1:])[tiles.rows]
+    positions = jnp.where(used, tokens + shift[:, None], -1)
+
+    def attend(q_tile: Array, q_positions: Array, table: Array, length: Array) -> Array:
+        return attend_dense(q_tile, q_positions, kv, table, length, scale)
+
+    out = jax.vmap(attend)(
+        q.at[tokens].get(mode="clip"),
+        positions,
+        block_tables[tiles.rows],
+        lengths[tiles.rows],
+    )
+    targets = jnp.where(used, tokens, num_tokens)
+    return jnp.zeros_like(q).at[targets].set(out, mode="drop")

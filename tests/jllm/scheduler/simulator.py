@@ -1,0 +1,474 @@
+"""A deterministic simulator of arrivals, faults and a device, driving the scheduler.
+
+One seed is one run: a small scheduler with random limits, random arrivals by a fake clock,
+aborts, forks, priorities, salts, shared prefixes, preemptions and rows that are not finite.
+The fake device keeps a pool of its own and samples a hash of the whole context as it reads
+it through its block tables; a wrong block, stale content, a missing copy or a wrong position
+changes the tokens. The invariants hold after every step.
+
+    python tests/jllm/scheduler/simulator.py --seeds 10000
+    python tests/jllm/scheduler/simulator.py --seed 123
+"""
+
+import argparse
+import random
+import sys
+import traceback
+
+from jllm.config import SchedulerConfig
+from jllm.scheduler.request import Request, RequestStatus
+from jllm.scheduler.scheduler import RowResult, Scheduler
+
+NUM_STEPS = 200
+VOCABULARY = 40
+POISON = -1
+PATIENCE = 4
+"""Steps within which something must advance."""
+
+
+# --- the device --------------------------------------------------------------
+
+
+def entry_of(token, position, previous):
+    """What a slot holds: depends on the token, its place and the context before it."""
+    return hash((token, position, previous)) | 1
+
+
+def sample(seed, entries):
+    """The token that follows a context."""
+    return hash((seed, tuple(entries))) % VOCABULARY
+
+
+def tokens_alone(request, seed):
+    """What the request generates when nothing else is in the run."""
+    entries, previous, tokens = [], 0, list(request.prompt_token_ids)
+    for position, token in enumerate(tokens):
+        previous = entry_of(token, position, previous)
+        entries.append(previous)
+    output = []
+    while len(output) < request.max_tokens:
+        token = sample(seed, entries)
+        output.append(token)
+        if token in request.stop_token_ids and len(output) >= request.min_tokens:
+            break
+        previous = entry_of(token, len(entries), previous)
+        entries.append(previous)
+    return output
+
+
+class Row:
+    """A row of the device table."""
+
+    def __init__(self, seed):
+        self.seed = seed
+        self.table = []
+        self.position = 0
+        self.last_token = None
+
+
+class Device:
+    """Executes plans in order, knowing only what they say."""
+
+    def __init__(self, num_blocks, block_size, seed_of):
+        self.block_size = block_size
+        self.pool = [[0] * block_size for _ in range(num_blocks)]
+        self.rows = {}
+        self.seed_of = seed_of
+
+    def execute(self, plan, faults):
+        """Runs a plan; rows in `faults` are not finite and leave poison behind."""
+        self._apply_copies(plan)
+        for item in plan.rows:
+            self._apply_update(item)
+        # First all writes, then all reads, as attention does.
+        for item in plan.rows:
+            self._write(item, faults)
+        return [self._sample(item) for item in plan.rows]
+
+    def _apply_copies(self, plan):
+        copies = [item.copy for item in plan.rows if item.copy]
+        contents = [list(self.pool[copy.source]) for copy in copies]
+        targets = {copy.target for copy in copies}
+        assert len(targets) == len(copies), "two copies to one block"
+        for copy, content in zip(copies, contents, strict=True):
+            self.pool[copy.target] = content
+
+    def _apply_update(self, item):
+        if item.starts:
+            row = self.rows[item.row] = Row(self.seed_of[item.sequence_id])
+            row.position = item.position
+            assert item.first_block == 0
+        row = self.rows[item.row]
+        if item.new_blocks:
+            assert item.first_block == len(row.table), "tables are append-only"
+            row.table += item.new_blocks
+        assert row.position == item.position
+        assert len(item.tokens) in {0, item.num_tokens}
+
+    def _write(self, item, faults):
+        row, size = self.rows[item.row], self.block_size
+        tokens = item.tokens or (row.last_token,)
+        previous = 0
+        if row.position:
+            last = row.position - 1
+            previous = self.pool[row.table[last // size]][last % size]
+        for token in tokens:
+            position = row.position
+            if item.sequence_id in faults or previous == POISON:
+                previous = POISON
+            else:
+                previous = entry_of(token, position, previous)
+            self.pool[row.table[position // size]][position % size] = previous
+            row.position += 1
+
+    def _sample(self, item):
+        row = self.rows[item.row]
+        entries = []
+        for block in row.table:
+            entries += self.pool[block]
+        del entries[row.position :]
+        finite = POISON not in entries
+        token = 0
+        if item.samples:
+            token = row.last_token = sample(row.seed, entries)
+        return RowResult(token, finite)
+
+
+# --- the run -----------------------------------------------------------------
+
+
+class Simulation:
+    """One run: everything that happens follows from the seed."""
+
+    def __init__(self, seed, num_steps=NUM_STEPS):
+        self.seed = seed
+        self.num_steps = num_steps
+        self.random = rng = random.Random(seed)
+        self.config = SchedulerConfig(
+            max_num_seqs=rng.randint(1, 6),
+            token_budget=rng.choice([1, 2, 3, 7, 16, 64]),
+            block_size=rng.choice([1, 2, 3, 4, 8]),
+            num_blocks=rng.randint(2, 24),
+            max_model_len=rng.randint(4, 48),
+            max_block_appends=rng.choice([1, 2, 6, 16, 64]),
+            max_block_copies=rng.choice([1, 2, 8]),
+            enable_prefix_caching=rng.random() < 0.8,
+            max_preemptions=rng.choice([0, 1, 2, 8]),
+        )
+        self.overlap = rng.random() < 0.7
+        self.arrival_rate = rng.choice([0.1, 0.3, 0.6])
+        self.abort_rate = rng.choice([0, 0.02, 0.1])
+        self.fault_rate = rng.choice([0, 0, 0.01, 0.05])
+        self.preempt_rate = rng.choice([0, 0, 0.1])
+        self.reset_rate = rng.choice([0, 0, 0.05])
+        self.templates = [
+            tuple(rng.choices(range(VOCABULARY), k=40)) for _ in range(rng.randint(1, 3))
+        ]
+        self.scheduler = Scheduler(self.config)
+        self.seed_of = {}
+        self.device = Device(
+            self.config.num_blocks, self.config.block_size, self.seed_of
+        )
+        self.clock = 0.0
+        self.next_arrival = 0.0
+        self.in_flight = None
+        self.requests = []
+        self.open = {}
+        self.faulted = set()
+        self.num_ends = {}
+        self.idle_steps = 0
+        self.counts = {"tokens": 0, "finished": 0, "preempted": 0, "hits": 0}
+
+    def run(self):
+        """Runs the steps, then lets everything end."""
+        for _ in range(self.num_steps):
+            self._happen()
+            self._step()
+        for _ in range(self._patience()):
+            if not self.scheduler.has_unfinished and self.in_flight is None:
+                break
+            self._step()
+        check_everything_ended(self)
+        self.counts["preempted"] = self.scheduler.num_preemptions
+        self.counts["hits"] = self.scheduler.num_prefix_hits
+        return self.counts
+
+    def _patience(self):
+        """Steps that all open requests take at the very most, one token at a time."""
+        longest = self.config.max_model_len + PATIENCE
+        return longest * (self.config.max_preemptions + 2) * len(self.open) + PATIENCE
+
+    def _happen(self):
+        rng = self.random
+        while self.next_arrival <= self.clock:
+            self._arrive()
+            self.next_arrival += rng.expovariate(self.arrival_rate)
+        if self.open and rng.random() < self.abort_rate:
+            request = rng.choice(list(self.open.values()))
+            if rng.random() < 0.5:
+                aborted = self.scheduler.abort(request.request_id)
+                assert request in aborted
+            else:
+                self.scheduler.abort_sequence(request)
+                aborted = [request]
+            for one in aborted:
+                assert one.finish_reason == "abort"
+                self._end(one)
+        if self.scheduler.running and rng.random() < self.preempt_rate:
+            self.scheduler.preempt(rng.choice(self.scheduler.running))
+        if rng.random() < self.reset_rate:
+            idle = not self.scheduler.num_running
+            assert self.scheduler.reset_prefix_cache() == idle
+
+    def _arrive(self):
+        rng, config = self.random, self.config
+        room = min(config.max_model_len, config.num_blocks * config.block_size)
+        length = rng.randint(1, min(room - 1, 30))
+        shared = rng.choice([0, length, rng.randint(0, length)])
+        own = rng.choices(range(VOCABULARY), k=length - shared)
+        prompt = rng.choice(self.templates)[:shared] + tuple(own)
+        max_tokens = rng.randint(1, min(room - length, 20))
+        stops = frozenset(rng.sample(range(VOCABULARY), k=rng.randint(0, 3)))
+        minimum = rng.randint(0, max_tokens)
+        priority = rng.choice([0, 0, 0, -1, 5])
+        salt = rng.choice([None, None, "a"])
+        adapter = rng.choice([None, None, None, "b"])
+        reads = rng.random() < 0.9
+        parent = None
+        first_id = len(self.requests)
+        for index in range(rng.choice([1, 1, 1, 2, 4])):
+            request = Request(
+                sequence_id=first_id + index,
+                request_id=f"request {first_id}",
+                index=index,
+                prompt_token_ids=prompt,
+                max_tokens=max_tokens,
+                min_tokens=minimum,
+                stop_token_ids=stops,
+                priority=priority,
+                arrival=first_id,
+                cache_salt=salt,
+                adapter=adapter,
+                read_prefix_cache=reads,
+                fork_of=parent,
+            )
+            self.seed_of[request.sequence_id] = hash((self.seed, first_id, index))
+            self.requests.append(request)
+            self.open[request.sequence_id] = request
+            self.scheduler.add(request)
+            parent = parent or request
+
+    def _step(self):
+        self.clock += 1
+        waiting = list(self.open.values())
+        ready = [one for one in waiting if can_start(self.scheduler, one)]
+        plan = self.scheduler.schedule()
+        launched = None
+        if plan is not None:
+            check_budget(self, plan)
+            check_order(self, plan, ready)
+            check_no_shared_write(self, plan)
+            faults = {
+                row.sequence_id
+                for row in plan.rows
+                if self.fault_rate and self.random.random() < self.fault_rate
+            }
+            self.faulted |= faults
+            launched = plan, self.device.execute(plan, faults)
+        if self.overlap:
+            launched, self.in_flight = self.in_flight, launched
+        if launched is not None:
+            self._commit(*launched)
+        check_progress(self, plan)
+        check_blocks(self)
+        check_states(self)
+
+    def _commit(self, plan, results):
+        for update in self.scheduler.commit(plan, results):
+            request = update.request
+            assert plan.rows[update.plan_index].sequence_id == request.sequence_id
+            if update.token_id is not None:
+                self.counts["tokens"] += 1
+                assert request.token_ids[-1] == update.token_id
+            if update.finish_reason is not None:
+                self._end(request)
+
+    def _end(self, request):
+        identity = request.sequence_id
+        del self.open[identity]  # a second end is a KeyError
+        self.counts["finished"] += 1
+        check_tokens(self, request)
+
+
+def can_start(scheduler, request):
+    """Whether nothing but room keeps a sequence from running."""
+    if request.status not in {RequestStatus.WAITING, RequestStatus.PREEMPTED}:
+        return False
+    parent = request.fork_of
+    aside = (
+        parent is not None
+        and request.sequence_id in scheduler._sequences._forks.get(parent.sequence_id, ())
+    )
+    return not aside and not request.num_pending
+
+
+# --- the invariants ----------------------------------------------------------
+
+
+def check_blocks(run):
+    """1: every block is free, cached or owned; references equal the tables."""
+    pool = run.scheduler.pool
+    counts = [0] * run.config.num_blocks
+    for request in run.open.values():
+        for block in request.block_ids:
+            counts[block] += 1
+    assert pool._references == counts
+    owned = sum(count > 0 for count in counts)
+    free, evictable = set(pool._free), set(pool._evictable)
+    assert len(free) + len(evictable) + owned == run.config.num_blocks
+    assert len(free | evictable) == len(free) + len(evictable) == len(pool._free) + len(
+        pool._evictable
+    )
+    run.scheduler.check_integrity()
+
+
+def check_budget(run, plan):
+    """2: limits of the step; no row is ahead of its tokens; decode rows have one."""
+    config, rows = run.config, plan.rows
+    assert 0 < sum(row.num_tokens for row in rows) == plan.num_tokens
+    assert plan.num_tokens <= config.token_budget
+    assert sum(len(row.new_blocks) for row in rows) <= config.max_block_appends
+    assert sum(row.copy is not None for row in rows) <= config.max_block_copies
+    assert len({row.row for row in rows}) == len(rows) <= config.max_num_seqs
+    for row in rows:
+        request = run.open[row.sequence_id]
+        known = request.num_tokens + request.num_pending
+        end = row.position + row.num_tokens
+        assert 0 <= request.num_computed_tokens == end
+        assert end + row.samples <= known + 0 * config.block_size
+        assert row.num_tokens >= 1
+        assert row.tokens or row.num_tokens == 1
+        assert known <= request.max_length
+        if row.tokens:
+            assert row.tokens == tuple(request.token_ids[row.position : end])
+        if plan.is_decode:
+            assert len(row.new_blocks) <= 1
+
+
+def check_states(run):
+    """3: each sequence is in exactly one state, and leaves exactly once."""
+    running = set(run.scheduler.running)
+    for request in run.open.values():
+        assert request.finish_reason is None
+        assert (request.status is RequestStatus.RUNNING) == (request in running)
+        assert request.status is not RequestStatus.FINISHED
+        assert (request.row >= 0) == (request in running)
+    assert len(running) == run.scheduler.num_running
+    assert len(run.open) == run.scheduler.num_running + run.scheduler.num_waiting
+
+
+def check_progress(run, plan):
+    """4a: something is computed every few steps, and preemptions are bounded."""
+    busy = run.scheduler.has_unfinished
+    run.idle_steps = run.idle_steps + 1 if busy and plan is None else 0
+    assert run.idle_steps <= PATIENCE, "nothing advances"
+    limit = run.config.max_preemptions
+    assert all(one.num_preemptions <= limit for one in run.open.values())
+
+
+def check_order(run, plan, ready):
+    """4b: nobody who waits is overtaken by a later one."""
+    started = {row.sequence_id for row in plan.rows if row.starts}
+    if started:
+        last = max(run.open[one].order for one in started)
+        for request in ready:
+            if request.sequence_id not in started:
+                assert request.order > last, "overtaken"
+
+
+def check_tokens(run, request):
+    """5: the tokens of a sequence are those it generates alone."""
+    alone = tokens_alone(request, run.seed_of[request.sequence_id])
+    output = request.output_token_ids
+    parent = request.fork_of
+    if request.finish_reason == "error":
+        family = {request.sequence_id, parent.sequence_id if parent else -1}
+        assert family & run.faulted, "failed without a fault of its own"
+    if request.finish_reason in {"error", "abort"}:
+        assert output == alone[: len(output)]
+    else:
+        assert output == alone
+        stopped = output[-1] in request.stop_token_ids
+        stopped = stopped and len(output) >= request.min_tokens
+        assert request.finish_reason == ("stop" if stopped else "length")
+
+
+def check_no_shared_write(run, plan):
+    """6: no block is written that another table or the cache holds."""
+    pool, size = run.scheduler.pool, run.config.block_size
+    for row in plan.rows:
+        table = run.open[row.sequence_id].block_ids
+        end = row.position + row.num_tokens
+        for block in table[row.position // size : (end - 1) // size + 1]:
+            assert pool.references(block) == 1, "a shared block is written"
+            assert block not in pool._cache, "a cached block is written"
+
+
+def check_everything_ended(run):
+    """7: when all sequences have ended, nothing is left of them."""
+    assert not run.open, f"{len(run.open)} sequences never end"
+    assert run.in_flight is None
+    scheduler = run.scheduler
+    assert scheduler.num_running == scheduler.num_waiting == 0
+    assert scheduler.num_free_blocks == run.config.num_blocks
+    sequences = scheduler._sequences
+    assert not sequences._by_request
+    assert not sequences._unfinished
+    assert not any(sequences._forks.values())
+    assert sequences._waiting.peek() is None
+    assert not sequences._waiting._heap
+    assert not scheduler._launched
+    assert scheduler.reset_prefix_cache()
+    assert len(scheduler.pool._cache) == 0
+    assert len(scheduler.pool._free) == run.config.num_blocks
+
+
+# --- many runs ---------------------------------------------------------------
+
+
+def run_seeds(first, count, num_steps=NUM_STEPS):
+    """Runs seeds in turn; returns the sums of their counts, or raises with the seed."""
+    totals = {}
+    for seed in range(first, first + count):
+        try:
+            counts = Simulation(seed, num_steps).run()
+        except Exception as error:
+            command = f"python tests/jllm/scheduler/simulator.py --seed {seed}"
+            error.add_note(f"seed {seed} fails; reproduce it with: {command}")
+            raise
+        for key, value in counts.items():
+            totals[key] = totals.get(key, 0) + value
+    return totals
+
+
+def main():
+    """Runs the seeds that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=1000, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="run this one only")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS)
+    options = parser.parse_args()
+    first, count = options.first_seed, options.seeds
+    if options.seed is not None:
+        first, count = options.seed, 1
+    try:
+        print(run_seeds(first, count, options.steps))
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

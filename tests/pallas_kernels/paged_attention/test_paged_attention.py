@@ -1,0 +1,74 @@
+"""Decode attention against float64 numpy."""
+
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import paged_attention
+from pallas_kernels.common.cases import AttentionCase, make_problem, solve
+from pallas_kernels.paged_attention.cases import CASES
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}
+
+
+def run(case, implementation, seed=0):
+    problem = make_problem(case, seed, num_padding=0)
+    rows = np.array(case.num_new) == 1
+    q = np.zeros((len(case.lengths), *problem.q.shape[1:]), np.float32)
+    q[rows] = problem.q
+    attend = jax.jit(
+        partial(paged_attention, scale=problem.scale, implementation=implementation)
+    )
+    out = attend(
+        jnp.asarray(q, case.dtype),
+        jnp.asarray(problem.kv, case.dtype),
+        problem.block_tables,
+        problem.lengths,
+    )
+    expected = np.zeros_like(q, np.float64)
+    expected[rows] = solve(problem)
+    return np.asarray(out, np.float64), expected
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocked"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_float64(case, implementation):
+    out, expected = run(case, implementation)
+    tolerance = TOLERANCE[case.dtype]
+    np.testing.assert_allclose(out, expected, atol=tolerance, rtol=tolerance)
+
+
+@settings(max_examples=15)
+@given(
+    lengths=st.lists(
+        st.sampled_from([0, 1, 3, 4, 5, 63, 64, 65, 130]), min_size=3, max_size=3
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_any_lengths(lengths, seed):
+    new = tuple(min(length, 1) for length in lengths)
+    case = AttentionCase("random", tuple(lengths), new, head_dim=8, block_size=4)
+    out, expected = run(case, "blocked", seed)
+    np.testing.assert_allclose(out, expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("q", "kv", "word"),
+    [
+        ((2, 3, 8), (4, 2, 2, 4, 8), "heads"),
+        ((2, 4, 6), (4, 2, 2, 4, 8), "width"),
+        ((2, 4, 8), (4, 2, 4, 8), "kv has shape"),
+    ],
+)
+def test_wrong_shapes_are_named(q, kv, word):
+    tables, lengths = jnp.zeros((2, 1), jnp.int32), jnp.ones(2, jnp.int32)
+    with pytest.raises(ValueError, match=word):
+        inspect.unwrap(paged_attention)(
+            jnp.zeros(q), jnp.zeros(kv), tables, lengths, scale=1.0
+        )
