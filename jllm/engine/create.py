@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jllm.config import EngineConfig, SchedulerConfig
 from jllm.engine.admission import Limits
@@ -22,7 +22,6 @@ from jllm.engine.programs import (
     Programs,
     ProgramSizes,
     choose_sizes,
-    replicated,
 )
 from jllm.engine.replicas import Replicas
 from jllm.errors import ConfigError
@@ -211,8 +210,7 @@ def _assemble(
     capacity: int,
 ) -> Engine:
     """Compiles, sizes the pool, and puts the parts together."""
-    device = mesh.devices.flat[0]
-    place = replicated(model.options.mesh, device)
+    place = NamedSharding(mesh, PartitionSpec())
     options, programs = _programs_that_fit(
         config, resolved, model, weights, place, capacity
     )
@@ -262,7 +260,7 @@ def _programs_that_fit(
     resolved: Resolved,
     model: Model,
     weights: Weights,
-    place: Sharding,
+    place: NamedSharding,
     capacity: int,
 ) -> tuple[ProgramOptions, Programs]:
     """Compiles for the largest useful pool, and again if that does not fit.
@@ -305,7 +303,7 @@ def _programs_that_fit(
 
 
 def _compile(
-    options: ProgramOptions, model: Model, weights: Weights, place: Sharding
+    options: ProgramOptions, model: Model, weights: Weights, place: NamedSharding
 ) -> Programs:
     programs = Programs(ProgramBuilder(model, options, weights, place), options)
     programs.compile_first()

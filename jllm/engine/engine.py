@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 
 from jllm.engine.admission import Job, Limits, make_sequences, validate
 from jllm.engine.inputs import pack
@@ -87,7 +87,7 @@ class EngineParts:
     options: ProgramOptions
     limits: Limits
     info: ModelInfo
-    place: Sharding
+    place: NamedSharding
     overlap: bool
     seed: int
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jllm.engine.inputs import InputLayout
 from jllm.engine.state import NUM_FIELDS, EngineState, RowTable
@@ -100,19 +100,16 @@ class ProgramOptions:
 
 
 def describe_state(
-    model: Model, options: ProgramOptions, place: Sharding
+    model: Model, options: ProgramOptions, place: NamedSharding
 ) -> EngineState:
     """Shapes, types and shardings of the device state.
 
     The pool is sharded over its KV heads, everything else lives at `place`.
     """
-    pool_place = place
-    if isinstance(place, NamedSharding):
-        pool_place = NamedSharding(place.mesh, KV_HEADS)
     pool = jax.ShapeDtypeStruct(
         model.kv_shape(options.num_blocks, options.block_size),
         model.options.dtype,
-        sharding=pool_place,
+        sharding=NamedSharding(place.mesh, KV_HEADS),
     )
 
     def table(*shape: int) -> Any:
@@ -132,13 +129,6 @@ def init_state(description: EngineState) -> EngineState:
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
         description,
     )
-
-
-def replicated(mesh: jax.sharding.Mesh | None, device: jax.Device) -> Sharding:
-    """Where small arrays live: on every device of the mesh, or on the one device."""
-    if mesh is None:
-        return SingleDeviceSharding(device)
-    return NamedSharding(mesh, PartitionSpec())
 
 
 def describe(tree: Any) -> Any:
@@ -166,7 +156,7 @@ class ProgramBuilder:
         model: Model,
         options: ProgramOptions,
         weights: Weights,
-        place: Sharding,
+        place: NamedSharding,
     ) -> None:
         """Keeps descriptions only, no arrays."""
         self._model, self._options, self._place = model, options, place
@@ -217,9 +207,7 @@ class ProgramBuilder:
     @property
     def _logits_place(self) -> Sharding:
         """Logits stay where the vocabulary is."""
-        if isinstance(self._place, NamedSharding):
-            return NamedSharding(self._place.mesh, PartitionSpec(None, "tensor"))
-        return self._place
+        return NamedSharding(self._place.mesh, PartitionSpec(None, "tensor"))
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._place)
@@ -284,7 +272,7 @@ class Programs:
     def wait(self) -> None:
         """Returns when every program is compiled."""
         for key in self.all_keys():
-            self._submit(key).result()
+            self.get(*key)
 
     def step(self, *, is_decode: bool, num_rows: int, num_tokens: int) -> Any:
         """Layout and program of the smallest ready size that holds the step."""
@@ -298,13 +286,17 @@ class Programs:
                 return self._layout_and_program("prefill", size)
         raise AssertionError(f"no program for {num_tokens} tokens")
 
+    def get(self, kind: str, size: int) -> Compiled:
+        """A program; waits until it is compiled."""
+        return self._submit((kind, size)).result()
+
     def largest_prefill(self) -> Any:
         """Layout and program of the largest prefill size."""
         return self._layout_and_program("prefill", self._options.sizes.tokens[-1])
 
     def sampler(self, num_rows: int) -> Compiled:
         """The sampler program for a step of `num_rows` rows; waits for it."""
-        return self._submit(("sampler", num_rows)).result()
+        return self.get("sampler", num_rows)
 
     def prompt_logprobs(self) -> Compiled:
         """The prompt log-probability program; waits for it."""
@@ -325,7 +317,7 @@ class Programs:
 
     def _layout_and_program(self, kind: str, size: int) -> tuple[InputLayout, Compiled]:
         layout = self._options.layout(kind, size)
-        return layout, self._futures[kind, size].result()
+        return layout, self.get(kind, size)
 
     def _is_ready(self, key: tuple[str, int]) -> bool:
         future = self._futures.get(key)

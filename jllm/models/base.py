@@ -9,8 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
+import jax
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jllm.layers.batch import Batch
@@ -30,10 +33,12 @@ class Part:
         name: Tensor name in the checkpoint.
         repeat: How often each slice along the parameter's first axis is written in
             turn; used when KV heads are replicated over devices.
+        shape: Its shape in the checkpoint; None accepts any that fits the parameter.
     """
 
     name: str
     repeat: int = 1
+    shape: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,6 +56,7 @@ class ParamSpec:
         concat_axis: Dimension along which the parts are concatenated.
         init: "normal" (scaled by fan-in), "ones" or "zeros"; for random weights.
         pad_axis: Dimension that may be longer than the checkpoint's; the rest is zero.
+            It must be `concat_axis`.
     """
 
     shape: tuple[int, ...]
@@ -60,10 +66,29 @@ class ParamSpec:
     init: str = "normal"
     pad_axis: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuses a declaration that contradicts itself."""
+        if len(self.axes) != len(self.shape) or not self.shape or not self.parts:
+            raise ValueError(f"shape, axes and parts do not match: {self}")
+        if self.pad_axis not in (None, self.concat_axis):
+            raise ValueError(f"pad_axis must be concat_axis: {self}")
+        if self.init not in ("normal", "ones", "zeros"):
+            raise ValueError(f"init={self.init!r} must be normal, ones or zeros")
+
     @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+def parameter_count(specs: Any) -> int:
+    """Number of elements of all parameters of a tree, padding and repeats included."""
+    return sum(spec.size for spec in jax.tree.leaves(specs))
+
+
+def parameter_bytes(specs: Any, dtype: DTypeLike) -> int:
+    """Bytes of all parameters of a tree, whatever the number of devices."""
+    return parameter_count(specs) * np.dtype(dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""How the next token of each row is chosen: pure functions over arrays."""

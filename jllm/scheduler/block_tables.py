@@ -31,8 +31,8 @@ class Match:
 class BlockTables:
     """Owns the pool and the cache, and changes the block tables of requests.
 
-    Some blocks may be reserved for a sequence: they are still free in the pool, but only
-    that sequence can take them.
+    Some blocks may be reserved for a sequence: they are still free in the pool, but
+    only that sequence can take them.
     """
 
     def __init__(
@@ -124,8 +124,13 @@ class BlockTables:
         request.num_reserved_blocks = count
         self._num_reserved += count
 
-    def grow(self, request: Request, count: int) -> tuple[int, ...] | None:
-        """Appends new blocks to a table; None, and no change, if there are too few."""
+    def grow(self, request: Request, num_tokens: int) -> tuple[int, ...] | None:
+        """Appends new blocks until a table holds so many tokens.
+
+        Returns:
+            The new blocks; None, and nothing is changed, if there are too few.
+        """
+        count = self.num_blocks_for(num_tokens) - len(request.block_ids)
         reserved = min(count, request.num_reserved_blocks)
         if count - reserved > self.num_available:
             return None

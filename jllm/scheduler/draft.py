@@ -54,7 +54,7 @@ class Draft:
             count,
             () if on_device else tuple(request.token_ids[position:end]),
             end == len(request.token_ids) + request.num_pending,
-            False,  # noqa: FBT003
+            False,
             len(request.block_ids) - len(new_blocks),
             new_blocks,
         )

@@ -1,9 +1,9 @@
 """Which block holds the KV of which tokens: a hash chain over full blocks.
 
-Two contexts may share a block only if all their tokens up to its end are equal, and their
-adapter and salt too. A digest finds the candidate; whether it is the right one is decided
-by comparing the tokens, so that a collision of digests costs a miss and never a wrong
-answer.
+Two contexts may share a block only if all their tokens up to its end are equal, and
+their adapter and salt too. A digest finds the candidate; whether it is the right one is
+decided by comparing the tokens, so that a collision of digests costs a miss and never a
+wrong answer.
 """
 
 import array

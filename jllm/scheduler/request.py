@@ -21,9 +21,9 @@ class RequestStatus(enum.Enum):
 class Request:
     """One sequence: its tokens, limits and place on the device.
 
-    A request for `n` sequences is `n` objects with one `request_id`; those with an index
-    of 1 or more name the first as `fork_of` and share the blocks of its prompt. Only the
-    scheduler changes a request once it has been added.
+    A request for `n` sequences is `n` objects with one `request_id`; those with an
+    index of 1 or more name the first as `fork_of` and share the blocks of its prompt.
+    Only the scheduler changes a request once it has been added.
 
     Attributes:
         sequence_id: Number of the sequence, unique within the engine.

@@ -1,21 +1,22 @@
 """Decides what each step computes; no arrays, no device, no clock.
 
-There are no phases: a sequence has computed some of its tokens and must catch up with the
-rest, under one budget of tokens per step. Chunks of prompts, single tokens, hits in the
-prefix cache and sequences that were preempted are all this one case.
+There are no phases: a sequence has computed some of its tokens and must catch up with
+the rest, under one budget of tokens per step. Chunks of prompts, single tokens, hits in
+the prefix cache and preempted sequences are all this one case.
 
-Sequences take turns by priority, then arrival: first those that run, then those that wait,
-none overtaking. When the pool is exhausted, the last of the running gives up its blocks
-and waits again, which may be the one that asked.
+Sequences take turns by priority, then arrival: first those that run, then those that
+wait, none overtaking. When the pool is exhausted, the last of the running gives up its
+blocks and waits again, which may be the one that asked.
 
 A sequence is preempted `max_preemptions` times at most. From then on it is immune: it
-starts only when all blocks that it can ever need are free, and these are reserved for it.
-So an immune sequence never asks in vain, and whoever does ask in vain can be preempted
-itself: nothing ever waits for a block while it holds one, and the sequence whose turn it is
-starts at the latest when the pool is empty, because one too long for that was refused.
+starts only when all blocks that it can ever need are free, and these are reserved for
+it. This rules out a deadlock. An immune sequence never asks for a block in vain. Any
+other that does is preempted at last itself, so that none holds blocks while it waits for
+more; as preemptions are bounded, the running ones end. Then the head of the queue starts,
+at the latest in an empty pool, because a sequence too long for that was refused.
 
-`schedule` may be called while one earlier plan is not committed. The device executes plans
-in order, hence blocks and rows can be given away as soon as their owner has ended.
+`schedule` may be called while one earlier plan is not committed. The device executes
+plans in order, so blocks and rows can be given away as soon as their owner has ended.
 """
 
 import collections
@@ -78,19 +79,15 @@ class _Launched(NamedTuple):
 
 
 class Scheduler:
-    """Owns all sequences, the block pool and the prefix cache.
-
-    Attributes:
-        config: The limits.
-    """
+    """Owns all sequences, the block pool and the prefix cache."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        """Starts without sequences; raises `ConfigError` for a limit below 1."""
+        """Starts idle; raises `ConfigError` for a limit below 1."""
         for field in config.__slots__:
             value = getattr(config, field)
             if field != "max_preemptions" and value is not False and value < 1:
                 raise ConfigError(f"{field}={value} must be at least 1")
-        self.config = config
+        self._config = config
         self._tables = BlockTables(
             config.num_blocks,
             config.block_size,
@@ -116,7 +113,7 @@ class Scheduler:
         self._sequences.add(request)
 
     def _check(self, request: Request) -> None:
-        config, length = self.config, request.num_prompt_tokens
+        config, length = self._config, request.num_prompt_tokens
         if not length:
             raise InvalidRequestError("the prompt is empty", parameter="prompt")
         if length + 1 > config.max_model_len:
@@ -153,7 +150,7 @@ class Scheduler:
         Returns:
             Whether it was done: not to a sequence that is immune or does not run.
         """
-        immune = request.num_preemptions >= self.config.max_preemptions
+        immune = request.num_preemptions >= self._config.max_preemptions
         if immune or request.status is not RequestStatus.RUNNING:
             return False
         self._tables.release(request)
@@ -174,7 +171,7 @@ class Scheduler:
             The plan, or None if nothing can be computed before the next commit.
         """
         assert len(self._launched) < MAX_UNCOMMITTED, "two plans await their commit"
-        draft = Draft(self.config, self._num_steps + 1)
+        draft = Draft(self._config, self._num_steps + 1)
         num_preemptions = self._num_preemptions
         self._schedule_running(draft)
         if self._num_preemptions == num_preemptions:
@@ -189,49 +186,41 @@ class Scheduler:
         return plan
 
     def _schedule_running(self, draft: Draft) -> None:
-        block_size, running = self.config.block_size, self._sequences.running
+        running, block_size = self._sequences.running, self._config.block_size
         index = 0
         while index < len(running) and draft.tokens_left:
             request = running[index]
             index += 1
-            position = request.num_computed_tokens
-            known = len(request.token_ids) + request.num_pending
-            if request.num_pending and known >= request.max_length:
+            pending = request.num_pending
+            length = len(request.token_ids) + pending
+            if pending and length >= request.max_length:
                 continue  # its last token is on the way
-            capacity = len(request.block_ids) * block_size
-            count = min(
-                known - position,
-                draft.tokens_left,
-                capacity - position + draft.appends_left * block_size,
-            )
-            if count <= 0:
-                continue
+            position = request.num_computed_tokens
+            count = min(length - position, draft.tokens_left)
             new_blocks: tuple[int, ...] = ()
-            if position + count > capacity:
-                missing = -(-(position + count - capacity) // block_size)
-                new_blocks = self._grow(request, missing)
-                if not new_blocks:
-                    index -= 1  # it was taken out of the list
-                    continue
-            draft.add(request, count, new_blocks)
+            room = len(request.block_ids) * block_size - position
+            if count > room:
+                count = min(count, room + draft.appends_left * block_size)
+                new_blocks = self._grow(request, position + count)
+            if request.row < 0:
+                index -= 1  # it was preempted itself and has left the list
+            elif count:
+                draft.add(request, count, new_blocks)
 
-    def _grow(self, request: Request, count: int) -> tuple[int, ...]:
-        """Finds new blocks, if need be by preemption; none if it was preempted itself.
+    def _grow(self, request: Request, num_tokens: int) -> tuple[int, ...]:
+        """Appends blocks until the table holds so many tokens; returns them.
 
-        Whoever is preempted comes after the request, or is it: it has no row in the
-        draft yet.
+        Preempts others if need be, at last the request itself. Whoever is preempted
+        comes after the request, or is it, and so has no row in the draft yet.
         """
-        while True:
-            blocks = self._tables.grow(request, count)
+        while request.row >= 0:
+            blocks = self._tables.grow(request, num_tokens)
             if blocks is not None:
                 return blocks
-            # An immune request has its blocks reserved, so that the request itself is
-            # a victim at the latest.
-            victim = next(
-                v for v in reversed(self._sequences.running) if self.preempt(v)
-            )
-            if victim is request:
-                return ()
+            # An immune request has its blocks reserved and does not get here; any other
+            # is a victim itself.
+            next(v for v in reversed(self._sequences.running) if self.preempt(v))
+        return ()
 
     def _schedule_waiting(self, draft: Draft) -> None:
         while draft.tokens_left and self._sequences.has_free_row:
@@ -259,16 +248,16 @@ class Scheduler:
             # Whoever starts first in a step takes what there is; others can wait.
             if draft.num_starts or not draft.appends_left:
                 return None
-            return match.first(draft.appends_left - 1, self.config.block_size)
+            return match.first(draft.appends_left - 1, self._config.block_size)
         return match if match.source is None or draft.copies_left else None
 
     def _start(self, request: Request, match: Match, draft: Draft) -> bool:
         """Starts the sequence at the head of the queue, if the pool has room for it."""
         tables = self._tables
-        immune = request.num_preemptions >= self.config.max_preemptions
+        immune = request.num_preemptions >= self._config.max_preemptions
         length = request.max_length if immune else request.num_tokens + 1
         table_length = tables.num_blocks_for(length)
-        spare = self.config.num_blocks // SPARE_SHARE if self._sequences.running else 0
+        spare = self._config.num_blocks // SPARE_SHARE if self._sequences.running else 0
         if not tables.admits(match, table_length, spare):
             return False
         self._count_hits(request, match)
@@ -276,14 +265,13 @@ class Scheduler:
         if immune:
             tables.reserve(request, table_length - len(match.blocks))
         self._sequences.start_next()
-        position, size = match.num_tokens, self.config.block_size
+        position, size = match.num_tokens, self._config.block_size
         count = min(
             request.num_tokens - position,
             draft.tokens_left,
             draft.appends_left * size - position,
         )
-        num_blocks = tables.num_blocks_for(position + count)
-        tables.grow(request, num_blocks - len(match.blocks))
+        tables.grow(request, position + count)
         draft.add_start(request, count, match)
         return True
 
@@ -311,20 +299,26 @@ class Scheduler:
         """
         launched = self._launched.popleft()
         assert launched.plan is plan, "plans are committed in the order of their launch"
-        assert len(results) == len(plan.rows), "one result per row"
         updates: list[SequenceUpdate] = []
-        for index, row in enumerate(plan.rows):
-            request = launched.requests[index]
+        for index, (row, request, num_preemptions, result) in enumerate(
+            zip(
+                plan.rows,
+                launched.requests,
+                launched.num_preemptions,
+                results,
+                strict=True,
+            )
+        ):
             if request.status is RequestStatus.FINISHED:
                 continue
             token, reason = None, None
-            if not results[index].finite:
+            if not result.finite:
                 reason = "error"
             else:
-                if request.num_preemptions == launched.num_preemptions[index]:
+                if request.num_preemptions == num_preemptions:
                     self._tables.record(request, row.position + row.num_tokens)
                 if row.samples:
-                    token = results[index].token_id
+                    token = result.token_id
                     reason = self._append(request, token)
             if reason is not None:
                 self._finish(request, reason)

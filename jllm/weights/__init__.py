@@ -1,0 +1,1 @@
+"""From a checkpoint, or from a seed, to arrays on their devices."""

@@ -1,10 +1,10 @@
 """A deterministic simulator of arrivals, faults and a device, driving the scheduler.
 
-One seed is one run: a small scheduler with random limits, random arrivals by a fake clock,
-aborts, forks, priorities, salts, shared prefixes, preemptions and rows that are not finite.
-The fake device keeps a pool of its own and samples a hash of the whole context as it reads
-it through its block tables; a wrong block, stale content, a missing copy or a wrong position
-changes the tokens. The invariants hold after every step.
+One seed is one run: a small scheduler with random limits, random arrivals by a fake
+clock, aborts, forks, priorities, salts, shared prefixes, preemptions and rows that are not
+finite. The fake device keeps a pool of its own and samples a hash of the whole context as
+it reads it through its block tables; a wrong block, stale content, a missing copy or a
+wrong position changes the tokens. The invariants hold after every step.
 
     python tests/jllm/scheduler/simulator.py --seeds 10000
     python tests/jllm/scheduler/simulator.py --seed 123
@@ -12,8 +12,6 @@ changes the tokens. The invariants hold after every step.
 
 import argparse
 import random
-import sys
-import traceback
 
 from jllm.config import SchedulerConfig
 from jllm.scheduler.request import Request, RequestStatus
@@ -22,6 +20,7 @@ from jllm.scheduler.scheduler import RowResult, Scheduler
 NUM_STEPS = 200
 VOCABULARY = 40
 POISON = -1
+COUNTED = ("steps", "rows", "copies", "tokens", "ends", "preemptions", "hits")
 PATIENCE = 4
 """Steps within which something must advance."""
 
@@ -39,9 +38,14 @@ def sample(seed, entries):
     return hash((seed, tuple(entries))) % VOCABULARY
 
 
+def root_of(request):
+    """What stands before the first token: adapters and salts must not mix."""
+    return hash((request.adapter == "b", request.cache_salt == "a"))
+
+
 def tokens_alone(request, seed):
     """What the request generates when nothing else is in the run."""
-    entries, previous, tokens = [], 0, list(request.prompt_token_ids)
+    entries, previous, tokens = [], root_of(request), list(request.prompt_token_ids)
     for position, token in enumerate(tokens):
         previous = entry_of(token, position, previous)
         entries.append(previous)
@@ -59,8 +63,9 @@ def tokens_alone(request, seed):
 class Row:
     """A row of the device table."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, root):
         self.seed = seed
+        self.root = root
         self.table = []
         self.position = 0
         self.last_token = None
@@ -69,11 +74,11 @@ class Row:
 class Device:
     """Executes plans in order, knowing only what they say."""
 
-    def __init__(self, num_blocks, block_size, seed_of):
+    def __init__(self, num_blocks, block_size, start_of):
         self.block_size = block_size
         self.pool = [[0] * block_size for _ in range(num_blocks)]
         self.rows = {}
-        self.seed_of = seed_of
+        self.start_of = start_of
 
     def execute(self, plan, faults):
         """Runs a plan; rows in `faults` are not finite and leave poison behind."""
@@ -95,7 +100,7 @@ class Device:
 
     def _apply_update(self, item):
         if item.starts:
-            row = self.rows[item.row] = Row(self.seed_of[item.sequence_id])
+            row = self.rows[item.row] = Row(*self.start_of[item.sequence_id])
             row.position = item.position
             assert item.first_block == 0
         row = self.rows[item.row]
@@ -108,7 +113,7 @@ class Device:
     def _write(self, item, faults):
         row, size = self.rows[item.row], self.block_size
         tokens = item.tokens or (row.last_token,)
-        previous = 0
+        previous = row.root
         if row.position:
             last = row.position - 1
             previous = self.pool[row.table[last // size]][last % size]
@@ -144,30 +149,35 @@ class Simulation:
         self.seed = seed
         self.num_steps = num_steps
         self.random = rng = random.Random(seed)
+        block_size, longest = rng.choice([1, 2, 3, 4, 8]), rng.randint(4, 48)
+        # From half of the longest context to room for four.
+        pool_tokens = round(longest * rng.uniform(0.5, 4))
         self.config = SchedulerConfig(
-            max_num_seqs=rng.randint(1, 6),
-            token_budget=rng.choice([1, 2, 3, 7, 16, 64]),
-            block_size=rng.choice([1, 2, 3, 4, 8]),
-            num_blocks=rng.randint(2, 24),
-            max_model_len=rng.randint(4, 48),
-            max_block_appends=rng.choice([1, 2, 6, 16, 64]),
+            max_num_seqs=rng.choice([1, 2, 3, 4, 6, 8]),
+            token_budget=rng.choice([1, 4, 8, 16, 32, 64]),
+            block_size=block_size,
+            num_blocks=max(2, pool_tokens // block_size),
+            max_model_len=longest,
+            max_block_appends=rng.choice([1, 4, 16, 64]),
             max_block_copies=rng.choice([1, 2, 8]),
             enable_prefix_caching=rng.random() < 0.8,
             max_preemptions=rng.choice([0, 1, 2, 8]),
         )
         self.overlap = rng.random() < 0.7
-        self.arrival_rate = rng.choice([0.1, 0.3, 0.6])
+        self.arrival_rate = rng.choice([0.2, 1.0, 2.0])
+        self.most_open = rng.choice([4, 8, 12])
         self.abort_rate = rng.choice([0, 0.02, 0.1])
         self.fault_rate = rng.choice([0, 0, 0.01, 0.05])
         self.preempt_rate = rng.choice([0, 0, 0.1])
         self.reset_rate = rng.choice([0, 0, 0.05])
         self.templates = [
-            tuple(rng.choices(range(VOCABULARY), k=40)) for _ in range(rng.randint(1, 3))
+            tuple(rng.choices(range(VOCABULARY), k=40))
+            for _ in range(rng.randint(1, 3))
         ]
         self.scheduler = Scheduler(self.config)
-        self.seed_of = {}
+        self.start_of = {}
         self.device = Device(
-            self.config.num_blocks, self.config.block_size, self.seed_of
+            self.config.num_blocks, self.config.block_size, self.start_of
         )
         self.clock = 0.0
         self.next_arrival = 0.0
@@ -177,7 +187,7 @@ class Simulation:
         self.faulted = set()
         self.num_ends = {}
         self.idle_steps = 0
-        self.counts = {"tokens": 0, "finished": 0, "preempted": 0, "hits": 0}
+        self.counts = dict.fromkeys(COUNTED, 0)
 
     def run(self):
         """Runs the steps, then lets everything end."""
@@ -189,7 +199,7 @@ class Simulation:
                 break
             self._step()
         check_everything_ended(self)
-        self.counts["preempted"] = self.scheduler.num_preemptions
+        self.counts["preemptions"] = self.scheduler.num_preemptions
         self.counts["hits"] = self.scheduler.num_prefix_hits
         return self.counts
 
@@ -201,7 +211,8 @@ class Simulation:
     def _happen(self):
         rng = self.random
         while self.next_arrival <= self.clock:
-            self._arrive()
+            if len(self.open) < self.most_open:
+                self._arrive()
             self.next_arrival += rng.expovariate(self.arrival_rate)
         if self.open and rng.random() < self.abort_rate:
             request = rng.choice(list(self.open.values()))
@@ -228,7 +239,7 @@ class Simulation:
         own = rng.choices(range(VOCABULARY), k=length - shared)
         prompt = rng.choice(self.templates)[:shared] + tuple(own)
         max_tokens = rng.randint(1, min(room - length, 20))
-        stops = frozenset(rng.sample(range(VOCABULARY), k=rng.randint(0, 3)))
+        stops = frozenset(rng.sample(range(VOCABULARY), k=rng.choice([0, 0, 1, 3])))
         minimum = rng.randint(0, max_tokens)
         priority = rng.choice([0, 0, 0, -1, 5])
         salt = rng.choice([None, None, "a"])
@@ -252,7 +263,8 @@ class Simulation:
                 read_prefix_cache=reads,
                 fork_of=parent,
             )
-            self.seed_of[request.sequence_id] = hash((self.seed, first_id, index))
+            seed = hash((self.seed, first_id, index))
+            self.start_of[request.sequence_id] = seed, root_of(request)
             self.requests.append(request)
             self.open[request.sequence_id] = request
             self.scheduler.add(request)
@@ -265,6 +277,9 @@ class Simulation:
         plan = self.scheduler.schedule()
         launched = None
         if plan is not None:
+            self.counts["steps"] += 1
+            self.counts["rows"] += len(plan.rows)
+            self.counts["copies"] += sum(row.copy is not None for row in plan.rows)
             check_budget(self, plan)
             check_order(self, plan, ready)
             check_no_shared_write(self, plan)
@@ -296,20 +311,19 @@ class Simulation:
     def _end(self, request):
         identity = request.sequence_id
         del self.open[identity]  # a second end is a KeyError
-        self.counts["finished"] += 1
+        self.counts["ends"] += 1
         check_tokens(self, request)
 
 
 def can_start(scheduler, request):
     """Whether nothing but room keeps a sequence from running."""
-    if request.status not in {RequestStatus.WAITING, RequestStatus.PREEMPTED}:
+    if request.status is RequestStatus.RUNNING or request.num_pending:
         return False
     parent = request.fork_of
-    aside = (
-        parent is not None
-        and request.sequence_id in scheduler._sequences._forks.get(parent.sequence_id, ())
-    )
-    return not aside and not request.num_pending
+    if parent is None:
+        return True
+    forks = scheduler._sequences._forks.get(parent.sequence_id, ())
+    return request.sequence_id not in forks
 
 
 # --- the invariants ----------------------------------------------------------
@@ -326,8 +340,10 @@ def check_blocks(run):
     owned = sum(count > 0 for count in counts)
     free, evictable = set(pool._free), set(pool._evictable)
     assert len(free) + len(evictable) + owned == run.config.num_blocks
-    assert len(free | evictable) == len(free) + len(evictable) == len(pool._free) + len(
-        pool._evictable
+    assert (
+        len(free | evictable)
+        == len(free) + len(evictable)
+        == len(pool._free) + len(pool._evictable)
     )
     run.scheduler.check_integrity()
 
@@ -345,7 +361,7 @@ def check_budget(run, plan):
         known = request.num_tokens + request.num_pending
         end = row.position + row.num_tokens
         assert 0 <= request.num_computed_tokens == end
-        assert end + row.samples <= known + 0 * config.block_size
+        assert end + row.samples <= known
         assert row.num_tokens >= 1
         assert row.tokens or row.num_tokens == 1
         assert known <= request.max_length
@@ -357,12 +373,12 @@ def check_budget(run, plan):
 
 def check_states(run):
     """3: each sequence is in exactly one state, and leaves exactly once."""
-    running = set(run.scheduler.running)
+    running = [one for one in run.open.values() if one.status is RequestStatus.RUNNING]
+    assert sorted(running, key=lambda one: one.order) == run.scheduler.running
     for request in run.open.values():
         assert request.finish_reason is None
-        assert (request.status is RequestStatus.RUNNING) == (request in running)
         assert request.status is not RequestStatus.FINISHED
-        assert (request.row >= 0) == (request in running)
+        assert (request.row >= 0) == (request.status is RequestStatus.RUNNING)
     assert len(running) == run.scheduler.num_running
     assert len(run.open) == run.scheduler.num_running + run.scheduler.num_waiting
 
@@ -388,7 +404,7 @@ def check_order(run, plan, ready):
 
 def check_tokens(run, request):
     """5: the tokens of a sequence are those it generates alone."""
-    alone = tokens_alone(request, run.seed_of[request.sequence_id])
+    alone = tokens_alone(request, run.start_of[request.sequence_id][0])
     output = request.output_token_ids
     parent = request.fork_of
     if request.finish_reason == "error":
@@ -462,13 +478,8 @@ def main():
     first, count = options.first_seed, options.seeds
     if options.seed is not None:
         first, count = options.seed, 1
-    try:
-        print(run_seeds(first, count, options.steps))
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
+    print(run_seeds(first, count, options.steps))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,118 @@
+"""From scores to tokens: the plain draw of every step, and the one with every rule."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.struct
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from jllm.sampling import transforms
+from jllm.sampling.draws import DRAWS, DrawMethod, argmax, row_keys
+from jllm.sampling.logprobs import pack_result
+from jllm.sampling.rows import SamplingRows, TokenHistory
+from jllm.sampling.rules import RuleLayout, Rules, unpack_rules
+from jllm.types import GREEDY_TEMPERATURE
+
+
+class Context(NamedTuple):
+    """What the rules of a step are told besides the scores."""
+
+    rows: SamplingRows
+    history: TokenHistory
+    rules: Rules
+
+
+Transform = Callable[[Float[Array, "S V"], Context], Float[Array, "S V"]]
+
+# The order of the rules. All of the first two groups also change what greedy rows take.
+ADJUSTMENTS: tuple[Transform, ...] = (
+    lambda s, c: transforms.add_bias(s, c.rules.bias_ids, c.rules.bias_values),
+    lambda s, c: transforms.apply_penalties(s, c.rows, c.history),
+)
+MASKS: tuple[Transform, ...] = (
+    lambda s, c: transforms.ban_unless_allowed(s, c.rules.allowed),
+    lambda s, c: transforms.ban_early_stop(s, c.rows, c.rules.stop_ids),
+    lambda s, c: transforms.ban_bad_words(s, c.rows, c.history, c.rules),
+)
+FILTERS: tuple[Transform, ...] = (
+    lambda s, c: transforms.apply_temperature(s, c.rows.temperature),
+    lambda s, c: transforms.apply_top_k(s, c.rows.top_k),
+    lambda s, c: transforms.apply_top_p(s, c.rows.top_p),
+    lambda s, c: transforms.apply_min_p(s, c.rows.min_p),
+)
+
+
+@flax.struct.dataclass
+class SampleResult:
+    """Sampled tokens, and all that the host needs to know of them.
+
+    Attributes:
+        tokens: One id per row.
+        packed: The same with flags and log-probabilities, see `ResultLayout`.
+    """
+
+    tokens: Int[Array, " S"]
+    packed: Int[Array, "S W"]
+
+
+def draw(
+    logits: Float[Array, "S V"],
+    rows: SamplingRows,
+    method: DrawMethod = "inverse_cdf",
+) -> Int[Array, " S"]:
+    """Draws a token per row, greedy or by temperature alone."""
+    scores = transforms.apply_temperature(logits, rows.temperature)
+    return _draw_scaled(scores, rows, method)
+
+
+def sample(
+    logits: Float[Array, "S V"],
+    rows: SamplingRows,
+    history: TokenHistory,
+    rules: Int[Array, "S X"],
+    num_logprobs: int,
+    method: DrawMethod = "inverse_cdf",
+) -> SampleResult:
+    """Draws a token per row with every rule, and returns its log-probabilities.
+
+    A row without rules gets the token that `draw` gives it.
+
+    Args:
+        logits: The model's scores; ids that only pad the vocabulary are minus infinity.
+        rows: Parameters of each row.
+        history: Context of each row.
+        rules: Packed rules of each row, see `pack_rules`.
+        num_logprobs: Number of best log-probabilities returned.
+        method: How tokens are drawn.
+    """
+    unpacked = unpack_rules(RuleLayout(logits.shape[1]), rules)
+    scores = apply_rules(logits, Context(rows, history, unpacked))
+    tokens = _draw_scaled(scores, rows, method)
+    packed = pack_result(logits, tokens, unpacked.logprob_ids, num_logprobs)
+    return SampleResult(tokens=tokens, packed=packed)
+
+
+def apply_rules(logits: Float[Array, "S V"], context: Context) -> Float[Array, "S V"]:
+    """Applies every rule in order; what is left is drawn from by softmax."""
+    scores = _apply(ADJUSTMENTS, logits, context)
+    masked = _apply(MASKS, scores, context)
+    scores = transforms.keep_best_if_all_banned(scores, masked)
+    return _apply(FILTERS, scores, context)
+
+
+def _apply(
+    steps: tuple[Transform, ...], scores: Float[Array, "S V"], context: Context
+) -> Float[Array, "S V"]:
+    for step in steps:
+        scores = step(scores, context)
+    return scores
+
+
+def _draw_scaled(
+    scores: Float[Array, "S V"], rows: SamplingRows, method: DrawMethod
+) -> Int[Array, " S"]:
+    """Takes the best id of greedy rows, draws from the softmax of the others."""
+    drawn = DRAWS[method](scores, row_keys(rows.seed, rows.position))
+    return jnp.where(rows.temperature < GREEDY_TEMPERATURE, argmax(scores), drawn)

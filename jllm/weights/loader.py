@@ -1,0 +1,269 @@
+"""Streams a checkpoint onto its devices, one parameter at a time.
+
+Every device's slice is filled straight from the memory-mapped files, parts in place, so
+that the host needs at most one parameter more than the arrays themselves.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from jllm.errors import CheckpointError
+from jllm.models.base import ParamSpec, Part, parameter_bytes
+from jllm.weights.hub import CheckpointFiles
+from jllm.weights.tensors import StoredTensor, find_tensors
+
+NEVER_USED = ("rotary_emb.inv_freq",)
+"""Tensors that old checkpoints hold, but that follow from config.json."""
+
+Bounds = tuple[tuple[int, int], ...]
+"""First place and place after the last, of each dimension."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Section:
+    """The share of one checkpoint tensor in a parameter.
+
+    Attributes:
+        tensor: The tensor.
+        shape: Its shape, made to fit the parameter's dimensions.
+        start: Its first place along the parameter's `concat_axis`.
+        repeat: How often each of its slices along the first axis is written.
+    """
+
+    tensor: StoredTensor
+    shape: tuple[int, ...]
+    start: int
+    repeat: int
+
+    def length(self, axis: int) -> int:
+        """Places it takes along a dimension of the parameter."""
+        return self.shape[axis] * (self.repeat if axis == 0 else 1)
+
+
+def load_weights(
+    files: CheckpointFiles,
+    specs: Mapping[str, Any],
+    shardings: Mapping[str, Any],
+    dtype: DTypeLike,
+    *,
+    ignore: tuple[str, ...] = (),
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Loads a checkpoint.
+
+    Args:
+        files: The checkpoint.
+        specs: Tree of `ParamSpec`.
+        shardings: The same tree of shardings.
+        dtype: Type of the arrays; values are rounded to it.
+        ignore: Endings of tensor names that may be left over, beside `NEVER_USED`.
+        progress: Whether to show a bar on stderr, where that is a terminal.
+
+    Returns:
+        The same tree of arrays, each on its devices.
+
+    Raises:
+        CheckpointError: A file or tensor is missing, damaged, left over, or does not
+            match its parameter; found before anything is read, except for values that
+            `dtype` cannot hold.
+    """
+    tensors = find_tensors(files.path)
+    layout = _lay_out_tree(specs, tensors)
+    _refuse_leftovers(layout, tensors, (*NEVER_USED, *ignore))
+    total = parameter_bytes(specs, dtype)
+    with tqdm(
+        desc="Loading weights",
+        total=total,
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
+    ) as bar:
+
+        def load(
+            spec: ParamSpec, sections: tuple[Section, ...], sharding: Sharding
+        ) -> Array:
+            array = _load_parameter(spec, sections, sharding, np.dtype(dtype))
+            bar.update(array.nbytes)
+            return array
+
+        return jax.tree.map(load, specs, layout, shardings)
+
+
+def lay_out(
+    name: str, spec: ParamSpec, tensors: Mapping[str, StoredTensor]
+) -> tuple[Section, ...]:
+    """Finds the tensors of a parameter and checks that they fill it.
+
+    Args:
+        name: The parameter, for messages.
+        spec: Its declaration.
+        tensors: What the checkpoint holds.
+
+    Raises:
+        CheckpointError: A tensor is missing, or has another type or shape.
+    """
+    sections: list[Section] = []
+    start, axis = 0, spec.concat_axis
+    for part in spec.parts:
+        if part.name not in tensors:
+            raise CheckpointError(
+                f"tensor {part.name!r} is missing from the checkpoint; parameter "
+                f"{name} of shape {spec.shape} needs it"
+            )
+        tensor = tensors[part.name]
+        tensor.check_readable()
+        shape = _fitted_shape(spec, part, tensor.shape)
+        if shape is None:
+            raise _misshapen(name, spec, part, tensor)
+        section = Section(tensor, shape, start, part.repeat)
+        sections.append(section)
+        start += section.length(axis)
+    full = (
+        start <= spec.shape[axis]
+        if spec.pad_axis == axis
+        else (start == spec.shape[axis])
+    )
+    if not full:
+        raise _misshapen(name, spec, spec.parts[-1], sections[-1].tensor)
+    return tuple(sections)
+
+
+def read_slice(
+    spec: ParamSpec, sections: tuple[Section, ...], bounds: Bounds, dtype: np.dtype[Any]
+) -> np.ndarray:
+    """Reads one rectangular slice of a parameter into a new buffer.
+
+    Raises:
+        CheckpointError: A finite value that `dtype` cannot hold.
+    """
+    shape = tuple(stop - start for start, stop in bounds)
+    make = np.empty if spec.pad_axis is None else np.zeros
+    buffer = make(shape, dtype)
+    for section in sections:
+        try:
+            with np.errstate(over="raise"):
+                _fill(buffer, bounds, section, spec.concat_axis)
+        except FloatingPointError:
+            tensor = section.tensor
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name!r} has values that {dtype} cannot "
+                f"hold; choose another dtype"
+            ) from None
+    return buffer
+
+
+def _fill(buffer: np.ndarray, bounds: Bounds, section: Section, axis: int) -> None:
+    """Copies what a section shares with the slice at `bounds` into the buffer."""
+    low, high = bounds[axis]
+    first = max(low, section.start)
+    last = min(high, section.start + section.length(axis))
+    if first >= last:
+        return
+    wanted = [slice(*pair) for pair in bounds]
+    wanted[axis] = slice(first - section.start, last - section.start)
+    source = section.tensor.map().reshape(section.shape)
+    target = np.moveaxis(buffer, axis, 0)[first - low : last - low]
+    target = np.moveaxis(target, 0, axis)
+    if section.repeat == 1:
+        target[...] = source[tuple(wanted)]
+        return
+    # Few rows: the first axis is that of the KV heads.
+    for place, row in enumerate(range(wanted[0].start, wanted[0].stop)):
+        target[place] = source[(row // section.repeat, *wanted[1:])]
+
+
+def _load_parameter(
+    spec: ParamSpec,
+    sections: tuple[Section, ...],
+    sharding: Sharding,
+    dtype: np.dtype[Any],
+) -> Array:
+    slices: dict[Bounds, np.ndarray] = {}
+
+    def read(index: Any) -> np.ndarray:
+        bounds = tuple(
+            entry.indices(size)[:2]
+            for entry, size in zip(index, spec.shape, strict=True)
+        )
+        if bounds not in slices:
+            slices[bounds] = read_slice(spec, sections, bounds, dtype)
+        return slices[bounds]
+
+    array = jax.make_array_from_callback(spec.shape, sharding, read)
+    # The buffers must be free before the next parameter's are made.
+    return jax.block_until_ready(array)
+
+
+def _lay_out_tree(specs: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Any:
+    def one(path: Any, spec: ParamSpec) -> tuple[Section, ...]:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return lay_out(name, spec, tensors)
+
+    return jax.tree_util.tree_map_with_path(one, specs)
+
+
+def _fitted_shape(
+    spec: ParamSpec, part: Part, stored: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """The tensor's shape in the parameter's dimensions, None if it has none.
+
+    The dimension of concatenation follows from the number of elements. Only splitting
+    a dimension of the tensor, or adding one of size 1, is a fit: a transposed tensor
+    has the right number of elements too.
+    """
+    if part.shape is not None and part.shape != stored:
+        return None
+    axis, shape = spec.concat_axis, list(spec.shape)
+    if axis != 0:
+        if shape[0] % part.repeat:
+            return None
+        shape[0] //= part.repeat
+    others = math.prod(shape[:axis] + shape[axis + 1 :])
+    if not others or math.prod(stored) % others:
+        return None
+    shape[axis] = math.prod(stored) // others
+    return tuple(shape) if _merges_into(shape, stored) else None
+
+
+def _merges_into(shape: list[int], stored: tuple[int, ...]) -> bool:
+    """Whether products of neighbouring dimensions of `shape` are those of `stored`."""
+    dims: Iterator[int] = iter(shape)
+    for size in stored:
+        product = 1
+        while product != size or product == 0:
+            step = next(dims, None)
+            if step is None or product > size:
+                return False
+            product *= step
+    return all(rest == 1 for rest in dims)
+
+
+def _misshapen(
+    name: str, spec: ParamSpec, part: Part, tensor: StoredTensor
+) -> CheckpointError:
+    wanted = "" if part.shape is None else f"; expected {part.shape}"
+    return CheckpointError(
+        f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, which does "
+        f"not fit parameter {name} of shape {spec.shape}{wanted}"
+    )
+
+
+def _refuse_leftovers(
+    layout: Any, tensors: Mapping[str, StoredTensor], ignore: tuple[str, ...]
+) -> None:
+    used = {section.tensor.name for section in jax.tree.leaves(layout)}
+    for name, tensor in tensors.items():
+        if name not in used and not name.endswith(ignore):
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} of shape {tensor.shape} belongs to no "
+                f"parameter of the model"
+            )

@@ -1,0 +1,95 @@
+"""Tiny engines with random weights, for tests; one per set of options and process."""
+
+import functools
+import json
+import pathlib
+import tempfile
+
+from jllm.config import EngineConfig
+from jllm.engine.create import create_engine
+from jllm.types import EngineRequest, SamplingParams
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "vocab_size": 331,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_blocks": 256}
+"""Few rows and tokens, so that programs compile in a moment."""
+
+
+@functools.cache
+def model_folder(config_text):
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="jllm-test-"))
+    (folder / "config.json").write_text(config_text)
+    return folder
+
+
+def make_engine(config=LLAMA, **options):
+    """A new engine; callers close it."""
+    folder = model_folder(json.dumps(config))
+    options = {"load_format": "random", **SMALL, **options}
+    return create_engine(EngineConfig(model=str(folder), **options))
+
+
+@functools.cache
+def _shared(config_text, options):
+    return make_engine(json.loads(config_text), **dict(options))
+
+
+def shared_engine(config=LLAMA, **options):
+    """An engine that tests of one process share; it is idle between them."""
+    return _shared(json.dumps(config), tuple(sorted(options.items())))
+
+
+def request(request_id, prompt, **params):
+    engine_fields = {
+        name: params.pop(name)
+        for name in ("priority", "cache_salt", "bad_words_token_ids", "eos_token_ids")
+        if name in params
+    }
+    return EngineRequest(
+        request_id=str(request_id),
+        prompt_token_ids=tuple(int(token) for token in prompt),
+        params=SamplingParams(**params),
+        **engine_fields,
+    )
+
+
+def drain(engine, on_step=None):
+    """Steps until nothing is left; all outputs in order."""
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+        if on_step is not None:
+            on_step(outputs)
+    return outputs
+
+
+def tokens_of(outputs):
+    """Tokens per (request id, index)."""
+    tokens = {}
+    for output in outputs:
+        key = (output.request_id, output.index)
+        tokens.setdefault(key, []).extend(output.token_ids)
+    return tokens
+
+
+def run(engine, requests, **kwargs):
+    """Adds all requests, drains, and returns the tokens per (request id, index)."""
+    for item in requests:
+        engine.add(item)
+    return tokens_of(drain(engine, **kwargs))

@@ -1,0 +1,164 @@
+"""What a step costs, counted: dispatches, copies, compilations, programs, addresses."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from tests.engines import drain, make_engine, request, shared_engine
+
+EXTRAS = [
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 0.9, "top_p": 0.8, "min_p": 0.01},
+    {"repetition_penalty": 1.3, "temperature": 0},
+    {"presence_penalty": 0.5, "frequency_penalty": 0.2},
+    {"logprobs": 3, "temperature": 0},
+    {"logit_bias": {5: 3.0}},
+    {"allowed_token_ids": [3, 4, 5, 6, 7]},
+    {"min_tokens": 4},
+    {"prompt_logprobs": 2, "temperature": 0},
+    {"logprob_token_ids": [1, 2, 3]},
+    {"bad_words_token_ids": ((3, 4), (9,))},
+]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = shared_engine()
+    engine.programs.wait()
+    return engine
+
+
+def deltas(engine, act):
+    names = ("steps", "dispatches", "host_to_device_copies", "device_to_host_copies")
+    before = [getattr(engine.metrics, name) for name in names]
+    act()
+    after = [getattr(engine.metrics, name) for name in names]
+    return [b - a for a, b in zip(before, after, strict=True)]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_plain_step_is_one_dispatch_and_two_copies(engine, temperature):
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        prompt = rng.integers(3, 331, 20 + 9 * i)
+        engine.add(request(i, prompt, temperature=temperature, max_tokens=8 + i))
+    steps, dispatches, uploads, downloads = deltas(engine, lambda: drain(engine))
+    assert steps > 10
+    assert dispatches == uploads == downloads == steps
+
+
+@pytest.mark.parametrize("extra", EXTRAS, ids=lambda extra: "-".join(extra))
+def test_rules_add_at_most_one_dispatch(engine, extra):
+    engine.add(request("plain", range(3, 30), temperature=0, max_tokens=12))
+    engine.add(request("extra", range(3, 40), max_tokens=12, **extra))
+    steps, dispatches, uploads, downloads = deltas(engine, lambda: drain(engine))
+    assert steps < dispatches <= 2 * steps
+    # Beside the vectors: the rule table once, the targets of one prompt chunk.
+    assert uploads <= steps + 2
+    assert downloads <= steps + 1
+
+
+def test_at_most_twelve_programs(engine):
+    assert len(engine.programs.all_keys()) <= 12
+
+
+def test_nothing_compiles_in_a_thousand_mixed_steps(engine):
+    compiled = []
+
+    def record(name, *_, **__):
+        if "backend_compile" in name:
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(record)
+    rng = np.random.default_rng(1)
+    steps, added = 0, 0
+    while steps < 1000:
+        while len(engine.scheduler.running) < rng.integers(1, 9) and engine.num_open < 9:
+            prompt = rng.integers(3, 331, rng.integers(1, 150))
+            extra = {} if rng.random() < 0.5 else EXTRAS[rng.integers(len(EXTRAS))]
+            options = {"max_tokens": int(rng.integers(1, 30)), **extra}
+            if rng.random() < 0.2 and options.get("temperature", 1) != 0:
+                options["n"] = 2
+            engine.add(request(f"mixed-{added}", prompt, **options))
+            added += 1
+        engine.step()
+        steps += 1
+    drain(engine)
+    jax.monitoring.unregister_event_duration_listener(record)
+    assert added > 50
+    assert compiled == []
+
+
+def test_every_state_leaf_keeps_its_address(engine):
+    def addresses():
+        return [
+            shard.data.unsafe_buffer_pointer()
+            for leaf in jax.tree.leaves(engine.state)
+            for shard in leaf.addressable_shards
+        ]
+
+    before = addresses()
+    for i, extra in enumerate(EXTRAS):
+        engine.add(request(i, range(3, 60 + i), max_tokens=6, **extra))
+    drain(engine, on_step=lambda _: None)
+    assert addresses() == before
+
+
+def test_a_step_is_launched_before_the_last_ones_tokens_are_read(monkeypatch):
+    engine = make_engine()
+    events = []
+    launch, collect = engine._launch, engine._collect
+    monkeypatch.setattr(
+        engine, "_launch", lambda plan: events.append(("launch", plan.step)) or launch(plan)
+    )
+    monkeypatch.setattr(
+        engine,
+        "_collect",
+        lambda flight: events.append(("read", flight.plan.step)) or collect(flight),
+    )
+    engine.add(request("a", range(3, 20), temperature=0, max_tokens=6, ignore_eos=True))
+    drain(engine)
+    engine.close()
+    for step in range(1, 6):
+        assert events.index(("launch", step + 1)) < events.index(("read", step))
+
+
+def test_few_leaves_per_call(engine):
+    leaves = len(jax.tree.leaves(engine.state)) + len(
+        jax.tree.leaves(engine._parts.weights)
+    )
+    num_layers = 2
+    assert leaves <= 5 * num_layers + 10
+
+
+INSTRUCTION = re.compile(r"= \w+\[([\d,]*)\]\S* (copy|transpose|convert)\(")
+
+
+def large_moves(text, sizes):
+    """Copies, transposes and converts of one of the given numbers of elements."""
+    found = []
+    for shape, opcode in INSTRUCTION.findall(text):
+        elements = int(np.prod([int(d) for d in shape.split(",") if d] or [1]))
+        if elements in sizes:
+            found.append((opcode, shape))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_program_copies_the_pool_or_a_weight(dtype):
+    engine = make_engine(dtype=dtype, num_blocks=4000)
+    engine.programs.wait()
+    state_leaves = jax.tree.leaves(engine.state.kv)
+    weight_leaves = jax.tree.leaves(engine._parts.weights)
+    sizes = {leaf.size for leaf in state_leaves}
+    sizes |= {leaf.size for leaf in weight_leaves if leaf.ndim > 1 and leaf.size > 2000}
+    pool_bytes = sum(leaf.nbytes for leaf in state_leaves)
+    for kind, size in engine.programs.all_keys():
+        program = engine.programs.get(kind, size)
+        assert large_moves(program.as_text(), sizes) == [], (kind, size)
+        temporaries = program.memory_analysis().temp_size_in_bytes
+        assert temporaries < pool_bytes / 8, (kind, size)
+    engine.close()
+

@@ -1,0 +1,66 @@
+"""Random runs of the scheduler; see `simulator.py`.
+
+Each run is a function of its seed. The runs are shared out over processes of their own:
+the type checks that the test session puts into every function would take most of the
+time. A few runs are made with them.
+"""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from jllm.scheduler import prefix_cache
+from tests.jllm.scheduler import simulator
+
+NUM_PARTS = 4
+SCRIPT = pathlib.Path(simulator.__file__)
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("part", range(NUM_PARTS))
+def test_invariants_hold_after_every_step(simulator_seeds, part):
+    count = -(-simulator_seeds // NUM_PARTS)
+    arguments = [f"--seeds={count}", f"--first-seed={part * count}"]
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_runs_hold_with_type_checks_and_reach_every_case():
+    counts = simulator.run_seeds(0, 12)
+    assert all(counts[name] > 0 for name in simulator.COUNTED), counts
+
+
+def test_a_seed_gives_the_same_run_again():
+    runs = [simulator.Simulation(7) for _ in range(2)]
+    for run in runs:
+        run.run()
+    first, second = ([r.token_ids for r in run.requests] for run in runs)
+    assert first == second
+    assert len(first) > 10
+
+
+def test_colliding_digests_cost_hits_but_no_tokens(monkeypatch):
+    strong = prefix_cache.digest
+
+    def weak(parent, content):
+        return bytes([strong(parent, content)[0] % 4])
+
+    monkeypatch.setattr(prefix_cache, "digest", weak)
+    assert simulator.run_seeds(0, 20)["hits"] > 0
+
+
+def test_a_failing_seed_is_named(monkeypatch):
+    monkeypatch.setattr(simulator, "sample", lambda seed, entries: len(entries) % 2)
+    monkeypatch.setattr(simulator, "tokens_alone", lambda request, seed: [])
+    with pytest.raises(AssertionError) as failure:
+        simulator.run_seeds(3, 1)
+    assert "--seed 3" in failure.value.__notes__[0]
