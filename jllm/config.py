@@ -1,6 +1,9 @@
 """Engine options: one frozen dataclass, validated before anything is loaded."""
 
 import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from jllm.errors import ConfigError
@@ -141,3 +144,37 @@ class SchedulerConfig:
     max_block_copies: int = 8
     enable_prefix_caching: bool = True
     max_preemptions: int = 8
+
+
+def make_config(model: Any, options: Mapping[str, Any]) -> EngineConfig:
+    """Makes the options from keywords as users write them.
+
+    `gpu_memory_utilization` is another name of `memory_utilization`, and
+    `trust_remote_code` may be given as False, which it always is.
+
+    Raises:
+        ConfigError: An option is unknown, given twice, or has a wrong value.
+    """
+    options = dict(options)
+    if options.pop("trust_remote_code", False) is not False:
+        raise ConfigError("trust_remote_code must be False: no code of a model is run")
+    if "gpu_memory_utilization" in options:
+        if "memory_utilization" in options:
+            raise ConfigError(
+                "gpu_memory_utilization and memory_utilization are the same; give one"
+            )
+        options["memory_utilization"] = options.pop("gpu_memory_utilization")
+    fields = {field.name: field for field in dataclasses.fields(EngineConfig)}
+    for name in options:
+        if name not in fields or name == "model":
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{name} is no engine option{hint}")
+    options["model"] = model
+    for name, value in options.items():
+        if fields[name].type == str | None:
+            if isinstance(value, os.PathLike):
+                options[name] = value = os.fspath(value)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name}={value!r} must be a string")
+    return EngineConfig(**options)

@@ -1,7 +1,7 @@
 """Where each array of a declared tree goes on a mesh."""
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from shardings.rules import DEFAULT_RULES, Rules, partition_spec
 
 
+@runtime_checkable
 class Declared(Protocol):
     """An array that is declared, and perhaps not made yet."""
 

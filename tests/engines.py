@@ -5,6 +5,9 @@ import json
 import pathlib
 import tempfile
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from jllm.config import EngineConfig
 from jllm.engine.create import create_engine
 from jllm.types import EngineRequest, SamplingParams
@@ -12,12 +15,12 @@ from jllm.types import EngineRequest, SamplingParams
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 48,
-    "intermediate_size": 80,
+    "hidden_size": 64,
+    "intermediate_size": 144,
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "head_dim": 8,
+    "head_dim": 24,
     "vocab_size": 331,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
@@ -31,18 +34,56 @@ SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_blocks": 256}
 """Few rows and tokens, so that programs compile in a moment."""
 
 
+def random_tensors(config, seed=0):
+    """Tensors of a checkpoint in Hugging Face layout, by name."""
+    rng = np.random.default_rng(seed)
+    width, mlp, head_dim = (
+        config[key] for key in ("hidden_size", "intermediate_size", "head_dim")
+    )
+    q_width = config["num_attention_heads"] * head_dim
+    kv_width = config["num_key_value_heads"] * head_dim
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    shapes["model.norm.weight"] = (width,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], width)
+    for i in range(config["num_hidden_layers"]):
+        layer = {
+            "self_attn.q_proj": (q_width, width),
+            "self_attn.k_proj": (kv_width, width),
+            "self_attn.v_proj": (kv_width, width),
+            "self_attn.o_proj": (width, q_width),
+            "mlp.gate_proj": (mlp, width),
+            "mlp.up_proj": (mlp, width),
+            "mlp.down_proj": (width, mlp),
+            "input_layernorm": (width,),
+            "post_attention_layernorm": (width,),
+        }
+        if config["architectures"] == ["Qwen3ForCausalLM"]:
+            layer |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
+        shapes |= {f"model.layers.{i}.{k}.weight": shape for k, shape in layer.items()}
+
+    def draw(shape):
+        if len(shape) == 1:
+            return 1 + 0.1 * rng.normal(size=shape)
+        return rng.normal(size=shape) / np.sqrt(shape[-1])
+
+    return {name: draw(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
 @functools.cache
 def model_folder(config_text):
+    """A folder with a random checkpoint."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="jllm-test-"))
     (folder / "config.json").write_text(config_text)
+    tensors = random_tensors(json.loads(config_text))
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 
 def make_engine(config=LLAMA, **options):
     """A new engine; callers close it."""
     folder = model_folder(json.dumps(config))
-    options = {"load_format": "random", **SMALL, **options}
-    return create_engine(EngineConfig(model=str(folder), **options))
+    return create_engine(EngineConfig(model=str(folder), **SMALL | options))
 
 
 @functools.cache

@@ -83,7 +83,7 @@ def validate(request: EngineRequest, limits: Limits) -> None:
 
 def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int):  # pyright: ignore
+        if isinstance(token, bool) or not isinstance(token, int):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidRequestError(
                 f"{field} holds {token!r}, which is no token id", parameter=field
             )

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,8 @@ class Resolved:
     """The options with everything decided that "auto" left open.
 
     Attributes:
-        dtype: Type of weights, activations and pool.
+        dtype: Type of weights and activations.
+        kv_dtype: Type of the pool.
         max_model_len: Longest context wanted.
         max_num_seqs: Rows of the table.
         token_budget: Most tokens of a step.
@@ -61,6 +61,7 @@ class Resolved:
     """
 
     dtype: str
+    kv_dtype: str
     max_model_len: int
     max_num_seqs: int
     token_budget: int
@@ -96,9 +97,9 @@ def create_engine(config: EngineConfig) -> Engine | Replicas:
 def use_compilation_cache(folder: str | None) -> None:
     """Keeps compiled programs on disk, unless the process has chosen a folder."""
     if folder is None:
-        if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore
+        if jax.config.jax_compilation_cache_dir is not None:
             return
-        folder = os.path.join(Path.home(), ".cache", "jllm", "programs")
+        folder = str(Path.home() / ".cache" / "jllm" / "programs")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -133,8 +134,10 @@ def resolve_options(
         )
     utilization = config.memory_utilization
     max_logprobs = vocab_size if config.max_logprobs == -1 else config.max_logprobs
+    dtype = config.dtype if config.dtype != "auto" else saved_dtype(model_config)
     return Resolved(
-        dtype=config.dtype if config.dtype != "auto" else saved_dtype(model_config),
+        dtype=dtype,
+        kv_dtype="uint16" if is_cpu and jnp.dtype(dtype).itemsize == 2 else dtype,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         token_budget=token_budget,
@@ -175,6 +178,7 @@ def _create_replica(
         files.config,
         ModelOptions(
             dtype=resolved.dtype,
+            kv_dtype=resolved.kv_dtype,
             max_model_len=resolved.max_model_len,
             attention=config.attention,
             mesh=mesh if mesh.size > 1 else None,
@@ -340,7 +344,7 @@ def _bytes_per_device(tree: object) -> int:
 def _block_bytes(model: Model, block_size: int) -> int:
     """One block of all layers on one device, and its place in the token history."""
     elements = math.prod(model.kv_shape(1, block_size)) * model.num_layers
-    pools = elements * jnp.dtype(model.options.dtype).itemsize
+    pools = elements * jnp.dtype(model.kv_dtype).itemsize
     return pools // model.options.tensor_size + 4 * block_size
 
 

@@ -12,6 +12,12 @@ from jax.sharding import NamedSharding
 
 from jllm.engine.admission import Job, Limits, make_sequences, validate
 from jllm.engine.inputs import pack
+from jllm.engine.logprobs import (
+    collect_prompt_logprobs,
+    next_tokens,
+    token_logprobs,
+    wants_prompt_logprobs,
+)
 from jllm.engine.programs import (
     ProgramOptions,
     Programs,
@@ -19,16 +25,15 @@ from jllm.engine.programs import (
     init_state,
 )
 from jllm.engine.state import row_fields
-from jllm.engine.steps import FINITE
 from jllm.errors import InvalidRequestError
 from jllm.metrics import EngineMetrics
 from jllm.models.base import Model, Weights
-from jllm.sampling.logprobs import ResultLayout
+from jllm.sampling.logprobs import FINITE, ResultLayout
 from jllm.sampling.rules import RowRules, RuleLayout, pack_rules
 from jllm.scheduler.plan import ScheduledRow, StepPlan
 from jllm.scheduler.request import Request
 from jllm.scheduler.scheduler import RowResult, Scheduler, SequenceUpdate
-from jllm.types import EngineRequest, TokenLogprobs, TokenOutput
+from jllm.types import EngineRequest, TokenOutput
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -218,10 +223,7 @@ class Engine:
         """Packs and dispatches a step; returns before it is computed."""
         began = time.perf_counter()
         parts, jobs = self._parts, self._jobs(plan)
-        wants_prompt = any(
-            job.prompt_logprobs is not None and row.position < len(job.prompt_logprobs)
-            for row, job in zip(plan.rows, jobs, strict=True)
-        )
+        wants_prompt = wants_prompt_logprobs(plan, jobs)
         if wants_prompt:
             layout, program = parts.programs.largest_prefill()
         else:
@@ -248,7 +250,7 @@ class Engine:
         packed.copy_to_host_async()
         prompt_packed = None
         if wants_prompt:
-            targets = self._upload(_next_tokens(plan, jobs, layout.num_tokens))
+            targets = self._upload(next_tokens(plan, jobs, layout.num_tokens))
             scorer = parts.programs.prompt_logprobs()
             prompt_packed = scorer(parts.weights, result.hidden, targets)
             self.metrics.dispatches += 1
@@ -263,7 +265,11 @@ class Engine:
         packed = np.asarray(flight.packed)
         self.metrics.device_to_host_copies += 1
         if flight.prompt_packed is not None:
-            self._collect_prompt_logprobs(flight)
+            prompt_packed = np.asarray(flight.prompt_packed)
+            self.metrics.device_to_host_copies += 1
+            collect_prompt_logprobs(
+                flight.plan, flight.jobs, self._result_layout, prompt_packed
+            )
         tokens, flags = packed[:, 0].tolist(), packed[:, 1].tolist()
         results = [
             RowResult(tokens[i], bool(flags[i] & FINITE))
@@ -304,20 +310,6 @@ class Engine:
             # A copy, since a transfer may alias the buffer that is changed next time.
             self._device_rules = self._upload(self._rules.copy())
 
-    def _collect_prompt_logprobs(self, flight: InFlight) -> None:
-        packed = np.asarray(flight.prompt_packed)
-        self.metrics.device_to_host_copies += 1
-        start = 0
-        for row, job in zip(flight.plan.rows, flight.jobs, strict=True):
-            entries = job.prompt_logprobs
-            if entries is not None:
-                count = job.request.params.prompt_logprobs
-                for i in range(min(row.num_tokens, len(entries) - row.position)):
-                    entry = self._result_layout.unpack(packed[start + i])
-                    target = job.request.prompt_token_ids[row.position + i + 1]
-                    entries[row.position + i] = _token_logprobs(entry, target, count)
-            start += row.num_tokens
-
     def _output(
         self, update: SequenceUpdate, flight: InFlight, packed: np.ndarray
     ) -> TokenOutput:
@@ -329,11 +321,14 @@ class Engine:
         if flight.has_logprobs and wants and update.token_id is not None:
             entry = self._result_layout.unpack(packed[update.plan_index])
             ids = tuple(params.logprob_token_ids or ())
-            logprobs = (_token_logprobs(entry, update.token_id, params.logprobs, ids),)
+            logprobs = (token_logprobs(entry, update.token_id, params.logprobs, ids),)
         prompt = None
         if job.prompt_logprobs is not None and sequence.num_output_tokens <= 1:
             prompt = tuple(entry for entry in job.prompt_logprobs if entry)
         failed = update.finish_reason == "error"
+        stop_reason = sequence.stop_reason
+        if stop_reason not in (params.stop_token_ids or ()):
+            stop_reason = None  # the model's own stop token
         return TokenOutput(
             request_id=sequence.request_id,
             index=sequence.index,
@@ -341,7 +336,7 @@ class Engine:
             logprobs=logprobs,
             prompt_logprobs=prompt,
             finish_reason=update.finish_reason,
-            stop_reason=sequence.stop_reason,
+            stop_reason=stop_reason,
             num_cached_tokens=sequence.num_cached_tokens,
             error="the model's output was not finite" if failed else None,
         )
@@ -353,37 +348,3 @@ class Engine:
                 sequences = self._open.get(request_id)
                 if sequences and all(s.finish_reason for s in sequences):
                     del self._open[request_id]
-
-
-def _next_tokens(plan: StepPlan, jobs: list[Job], num_tokens: int) -> np.ndarray:
-    """For every token of the step the prompt token after it, zero past the prompt."""
-    targets = np.zeros(num_tokens, np.int32)
-    start = 0
-    for row, job in zip(plan.rows, jobs, strict=True):
-        first = row.position + 1
-        known = job.request.prompt_token_ids[first : first + row.num_tokens]
-        targets[start : start + len(known)] = known
-        start += row.num_tokens
-    return targets
-
-
-def _token_logprobs(
-    entry: Mapping[str, Any],
-    token_id: int,
-    count: int | None,
-    requested: tuple[int, ...] = (),
-) -> TokenLogprobs:
-    """One unpacked result as the caller gets it: the best `count`, or those asked for."""
-    if requested:
-        ids, values = requested, entry["requested"][: len(requested)]
-    else:
-        width = len(entry["top_ids"])
-        kept = width if count == -1 else min(count or 0, width)
-        ids, values = entry["top_ids"][:kept], entry["top_logprobs"][:kept]
-    return TokenLogprobs(
-        token_id=token_id,
-        logprob=float(entry["logprob"]),
-        rank=int(entry["rank"]),
-        top_ids=tuple(int(token) for token in ids),
-        top_logprobs=tuple(float(value) for value in values),
-    )

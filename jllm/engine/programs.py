@@ -26,7 +26,7 @@ from jllm.engine.steps import (
 )
 from jllm.layers.attention import KV_HEADS
 from jllm.models.base import Model, Weights
-from jllm.sampling.sampler import DrawMethod
+from jllm.sampling.draws import DrawMethod
 
 Compiled = Any
 """A compiled program, called with the arrays it was compiled for."""
@@ -108,7 +108,7 @@ def describe_state(
     """
     pool = jax.ShapeDtypeStruct(
         model.kv_shape(options.num_blocks, options.block_size),
-        model.options.dtype,
+        model.kv_dtype,
         sharding=NamedSharding(place.mesh, KV_HEADS),
     )
 
@@ -116,7 +116,7 @@ def describe_state(
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
 
     return EngineState(
-        kv=(pool,) * model.num_layers,  # pyright: ignore
+        kv=(pool,) * model.num_layers,
         block_tables=table(options.table_rows, options.max_blocks),
         block_tokens=table(options.num_blocks, options.block_size),
         rows=RowTable(table(options.table_rows, NUM_FIELDS)),

@@ -71,7 +71,8 @@ class Replicas:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prefixes of all replicas."""
-        return all([engine.reset_prefix_cache() for engine in self._engines])
+        results = [engine.reset_prefix_cache() for engine in self._engines]
+        return all(results)
 
     def close(self) -> None:
         """Closes every replica."""

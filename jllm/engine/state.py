@@ -1,6 +1,7 @@
 """What lives on the device from step to step; every leaf is donated to each step."""
 
 import enum
+from typing import Any
 
 import flax.struct
 import jax
@@ -9,9 +10,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jllm.models.base import KVCache
 from jllm.sampling.rows import SamplingRows
 from jllm.types import EngineRequest
+
+Leaf = Any
+"""An array, or what stands for it in a tree of the same structure: its shape, its
+sharding."""
 
 NUM_STOP_IDS = 8
 """Stop tokens that a row knows; the host checks the others one step later."""
@@ -50,7 +54,7 @@ class RowTable:
     that is DONE computes nothing until it starts again.
     """
 
-    fields: Int[Array, "R {NUM_FIELDS}"]
+    fields: Leaf  # i32[R, F]
 
     def integer(self, field: RowField) -> Int[Array, " R"]:
         """An integer column."""
@@ -60,7 +64,7 @@ class RowTable:
         """A float32 column."""
         return jax.lax.bitcast_convert_type(self.fields[:, field], jnp.float32)
 
-    def stop_ids(self) -> Int[Array, "R {NUM_STOP_IDS}"]:
+    def stop_ids(self) -> Int[Array, "R N"]:
         """Stop tokens of each row, padded with -1."""
         return self.fields[:, RowField.FIRST_STOP_ID :]
 
@@ -69,7 +73,7 @@ class RowTable:
         return RowTable(self.fields.at[rows].get(mode="clip"))
 
     def put(
-        self, rows: Int[Array, " S"], values: Int[Array, "S {NUM_FIELDS}"]
+        self, rows: Int[Array, " S"], values: Int[Array, "S F"]
     ) -> "RowTable":
         """Replaces rows; ids past the table, all distinct, are dropped."""
         fields = self.fields.at[rows].set(values, mode="drop", unique_indices=True)
@@ -105,9 +109,9 @@ class EngineState:
         rows: Position, last token and sampling parameters of each row.
     """
 
-    kv: KVCache
-    block_tables: Int[Array, "R M"]
-    block_tokens: Int[Array, "B P"]
+    kv: tuple[Leaf, ...]  # one [B, 2, K, P, D] per layer
+    block_tables: Leaf  # i32[R, M]
+    block_tokens: Leaf  # i32[B, P]
     rows: RowTable
 
 

@@ -18,15 +18,13 @@ from jllm.engine.inputs import (
     PrefillInput,
     split_vector,
 )
-from jllm.engine.state import EngineState, RowField, RowTable
+from jllm.engine.state import EngineState, Leaf, RowField, RowTable
 from jllm.layers.attention import copy_cache_blocks
 from jllm.models.base import Batch, Model, Weights
-from jllm.sampling.logprobs import prompt_logprobs
+from jllm.sampling.draws import DrawMethod
+from jllm.sampling.logprobs import FINITE, prompt_logprobs
 from jllm.sampling.rows import TokenHistory
-from jllm.sampling.sampler import DrawMethod, draw, sample
-
-FINITE = 1
-"""Flag of a row whose logits were all finite."""
+from jllm.sampling.sampler import draw, sample
 
 
 @flax.struct.dataclass
@@ -40,10 +38,10 @@ class StepResult:
         hidden: Hidden states of all tokens, for prompt log-probabilities.
     """
 
-    packed: Int[Array, "S 2"]
-    logits: Float[Array, "S V"]
-    sampled_rows: Int[Array, " S"]
-    hidden: Float[Array, "T E"]
+    packed: Leaf  # i32[S, 2]
+    logits: Leaf  # f32[S, V]
+    sampled_rows: Leaf  # i32[S]
+    hidden: Leaf  # [T, E]
 
 
 class Turn(NamedTuple):

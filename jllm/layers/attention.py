@@ -39,10 +39,10 @@ def cached_attention(
     q: Float[Array, "T H D"],
     keys: Float[Array, "T K D"],
     values: Float[Array, "T K D"],
-    kv: Float[Array, "B 2 K P D"],
+    kv: Shaped[Array, "B 2 K P D"],
     batch: Batch,
     options: AttentionOptions,
-) -> tuple[Float[Array, "T H D"], Float[Array, "B 2 K P D"]]:
+) -> tuple[Float[Array, "T H D"], Shaped[Array, "B 2 K P D"]]:
     """Writes the new keys and values, then attends to all cached tokens."""
     local = partial(_write_and_attend, options=options)
     if options.mesh is not None:

@@ -17,10 +17,10 @@ def gated_mlp(
 
     Args:
         x: Hidden states.
-        weights: `gate_up` [2, F, E], `down` [E, F], and biases where the model has
-            them: `gate_up_bias` [2, F], `down_bias` [E].
+        weights: `gate_up` [N, 2, F / N, E] for N devices, `down` [E, F], and biases
+            where the model has them: `gate_up_bias` [N, 2, F / N], `down_bias` [E].
     """
-    both = linear(x, weights["gate_up"], weights.get("gate_up_bias"))  # [T, 2, F]
-    gate, up = both[:, 0], both[:, 1]
+    both = linear(x, weights["gate_up"], weights.get("gate_up_bias"))
+    gate, up = (both[:, :, i].reshape(x.shape[0], -1) for i in (0, 1))
     hidden = jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype) * up
     return linear(hidden, weights["down"], weights.get("down_bias"))

@@ -6,7 +6,7 @@ Source: RoFormer, arXiv:2104.09864.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,10 +67,10 @@ class RopeConfig:
 
     theta: float
     rotary_dim: int
-    scaling: Scaling = NoScaling()
+    scaling: Scaling = dataclasses.field(default_factory=NoScaling)
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+    def from_hf(cls, config: Mapping[str, Any]) -> "RopeConfig":
         """Reads a config.json, of the old or of the new format.
 
         The old one has `rope_theta` and `rope_scaling`, that of transformers 5 has all
@@ -124,7 +124,7 @@ class _Source:
     values: Mapping[str, Any]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
+    def of(cls, config: Mapping[str, Any]) -> "_Source":
         """Brings both formats to the new one."""
         own = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if not isinstance(own, Mapping):

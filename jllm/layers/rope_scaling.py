@@ -85,7 +85,7 @@ class Llama3Scaling:
         inv_freq = 1.0 / _powers(theta, rotary_dim)
         turns = self.trained_len * inv_freq / (2 * math.pi)
         # Equal bounds make a step of the ramp.
-        width = max(self.high - self.low, np.finfo(np.float64).tiny)
+        width = max(self.high - self.low, 1e-12)
         keep = np.clip((turns - self.low) / width, 0.0, 1.0)
         return inv_freq * (keep + (1 - keep) / self.factor), 1.0
 

@@ -7,7 +7,7 @@ initialisation, sharding and the byte counts are all derived from that declarati
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -96,13 +96,16 @@ class ModelOptions:
     """What the engine decides about a model, beside its config.json.
 
     Attributes:
-        dtype: Type of weights, activations and KV pool.
+        dtype: Type of weights and activations.
+        kv_dtype: Type of the KV pool, None for `dtype`; "uint16" holds the bits of a
+            16-bit `dtype`, which XLA's CPU backend could not update in place.
         max_model_len: Longest context; scalings of RoPE that depend on it are fixed.
         attention: Attention implementation; a forced one never falls back.
         mesh: Devices that share each layer, None for a single one.
     """
 
     dtype: str = "float32"
+    kv_dtype: str | None = None
     max_model_len: int = 2048
     attention: Literal["auto", "reference", "blocked"] = "auto"
     mesh: Mesh | None = None
@@ -113,12 +116,18 @@ class ModelOptions:
         return 1 if self.mesh is None else self.mesh.shape["tensor"]
 
 
+@runtime_checkable
 class Model(Protocol):
     """A network: its declared weights and two pure functions over them."""
 
     @property
     def options(self) -> ModelOptions:
         """What the engine decided."""
+        ...
+
+    @property
+    def kv_dtype(self) -> str:
+        """Type of the KV pool."""
         ...
 
     @property

@@ -4,6 +4,7 @@ A family module turns a config.json into a `DecoderConfig`; everything else is h
 """
 
 import dataclasses
+import math
 from functools import cached_property
 from typing import Any
 
@@ -30,8 +31,9 @@ from jllm.models.base import (
     Weights,
 )
 
-VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this per device."""
+VOCAB_MULTIPLE = 512
+"""The vocabulary is padded to a multiple of this, whatever the number of devices, since
+a draw depends on the width of the logits."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,8 +113,8 @@ class Decoder:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Width of the logits: a multiple of `VOCAB_MULTIPLE` on every device."""
-        multiple = VOCAB_MULTIPLE * self.options.tensor_size
+        """Width of the logits, which all devices share evenly."""
+        multiple = math.lcm(VOCAB_MULTIPLE, self.options.tensor_size)
         return -(-self.config.vocab_size // multiple) * multiple
 
     @property
@@ -180,6 +182,7 @@ class Decoder:
 
         heads_width = config.num_heads * config.head_dim
         width, mlp_width = config.width, config.mlp_width
+        shards = self.options.tensor_size
         specs = {
             # One row group per KV head: its query heads, its key, its value. Sharding
             # the first axis keeps each query head with its own KV head.
@@ -194,8 +197,13 @@ class Decoder:
                 (None, "heads"),
                 (Part(f"{attention}.o_proj.weight"),),
             ),
+            # Each device's share of gate and up lies together, so that the weight is
+            # one matrix of which it holds consecutive rows.
             "gate_up": ParamSpec(
-                (2, mlp_width, width), (None, "mlp", None), mlp_parts("weight")
+                (shards, 2, mlp_width // shards, width),
+                ("mlp", None, None, None),
+                mlp_parts("weight"),
+                concat_axis=1,
             ),
             "down": ParamSpec(
                 (width, mlp_width), (None, "mlp"), (Part(f"{mlp}.down_proj.weight"),)
@@ -215,12 +223,21 @@ class Decoder:
             )
         if config.mlp_bias:
             specs["gate_up_bias"] = ParamSpec(
-                (2, mlp_width), (None, "mlp"), mlp_parts("bias"), init="zeros"
+                (shards, 2, mlp_width // shards),
+                ("mlp", None, None),
+                mlp_parts("bias"),
+                concat_axis=1,
+                init="zeros",
             )
             specs["down_bias"] = ParamSpec(
                 (width,), (None,), (Part(f"{mlp}.down_proj.bias"),), init="zeros"
             )
         return specs
+
+    @property
+    def kv_dtype(self) -> str:
+        """Type of the KV pool."""
+        return self.options.kv_dtype or self.options.dtype
 
     def kv_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         """Shape `(B, 2, K, P, D)` of one layer's pool."""
@@ -232,7 +249,7 @@ class Decoder:
         mesh = self.options.mesh
         device = None if mesh is None else NamedSharding(mesh, KV_HEADS)
         return tuple(
-            jnp.zeros(shape, self.options.dtype, device=device)
+            jnp.zeros(shape, self.kv_dtype, device=device)
             for _ in range(self.config.num_layers)
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from jllm.sampling.blocks import top_k
 from jllm.types import MAX_LOGPROB_TOKEN_IDS
 
 FINITE = 1
@@ -77,7 +78,7 @@ def pack_result(
     total = jnp.log(jnp.sum(jnp.exp(logits - best), axis=1, keepdims=True)) + best
     chosen = _scores_of(logits, tokens[:, None])
     rank = 1 + jnp.sum(logits > chosen, axis=1, dtype=jnp.int32)
-    top_scores, top_ids = jax.lax.top_k(logits, num_logprobs)
+    top_scores, top_ids = top_k(logits, num_logprobs)
     requested_shape = (logits.shape[0], MAX_LOGPROB_TOKEN_IDS)
     requested = jnp.full(requested_shape, -jnp.inf, jnp.float32)
     if requested_ids is not None:

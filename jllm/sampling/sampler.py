@@ -9,7 +9,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jllm.sampling import transforms
-from jllm.sampling.draws import DRAWS, DrawMethod, argmax, row_keys
+from jllm.sampling.blocks import argmax
+from jllm.sampling.draws import DRAWS, DrawMethod, row_keys
 from jllm.sampling.logprobs import pack_result
 from jllm.sampling.rows import SamplingRows, TokenHistory
 from jllm.sampling.rules import RuleLayout, Rules, unpack_rules
@@ -26,7 +27,8 @@ class Context(NamedTuple):
 
 Transform = Callable[[Float[Array, "S V"], Context], Float[Array, "S V"]]
 
-# The order of the rules. All of the first two groups also change what greedy rows take.
+# The order of the rules; the first two groups also change what greedy rows take. The
+# filters take the probabilities at the row's temperature, as the draw does after them.
 ADJUSTMENTS: tuple[Transform, ...] = (
     lambda s, c: transforms.add_bias(s, c.rules.bias_ids, c.rules.bias_values),
     lambda s, c: transforms.apply_penalties(s, c.rows, c.history),
@@ -37,10 +39,9 @@ MASKS: tuple[Transform, ...] = (
     lambda s, c: transforms.ban_bad_words(s, c.rows, c.history, c.rules),
 )
 FILTERS: tuple[Transform, ...] = (
-    lambda s, c: transforms.apply_temperature(s, c.rows.temperature),
     lambda s, c: transforms.apply_top_k(s, c.rows.top_k),
-    lambda s, c: transforms.apply_top_p(s, c.rows.top_p),
-    lambda s, c: transforms.apply_min_p(s, c.rows.min_p),
+    lambda s, c: transforms.apply_top_p(s, c.rows.top_p, c.rows.temperature),
+    lambda s, c: transforms.apply_min_p(s, c.rows.min_p, c.rows.temperature),
 )
 
 
@@ -62,9 +63,10 @@ def draw(
     rows: SamplingRows,
     method: DrawMethod = "inverse_cdf",
 ) -> Int[Array, " S"]:
-    """Draws a token per row, greedy or by temperature alone."""
-    scores = transforms.apply_temperature(logits, rows.temperature)
-    return _draw_scaled(scores, rows, method)
+    """Takes the best id of greedy rows, draws from the softmax of the others."""
+    keys = row_keys(rows.seed, rows.position)
+    drawn = DRAWS[method](logits, rows.temperature, keys)
+    return jnp.where(rows.temperature < GREEDY_TEMPERATURE, argmax(logits), drawn)
 
 
 def sample(
@@ -89,13 +91,13 @@ def sample(
     """
     unpacked = unpack_rules(RuleLayout(logits.shape[1]), rules)
     scores = apply_rules(logits, Context(rows, history, unpacked))
-    tokens = _draw_scaled(scores, rows, method)
+    tokens = draw(scores, rows, method)
     packed = pack_result(logits, tokens, unpacked.logprob_ids, num_logprobs)
     return SampleResult(tokens=tokens, packed=packed)
 
 
 def apply_rules(logits: Float[Array, "S V"], context: Context) -> Float[Array, "S V"]:
-    """Applies every rule in order; what is left is drawn from by softmax."""
+    """Applies every rule in order; what is not banned may be drawn."""
     scores = _apply(ADJUSTMENTS, logits, context)
     masked = _apply(MASKS, scores, context)
     scores = transforms.keep_best_if_all_banned(scores, masked)
@@ -108,11 +110,3 @@ def _apply(
     for step in steps:
         scores = step(scores, context)
     return scores
-
-
-def _draw_scaled(
-    scores: Float[Array, "S V"], rows: SamplingRows, method: DrawMethod
-) -> Int[Array, " S"]:
-    """Takes the best id of greedy rows, draws from the softmax of the others."""
-    drawn = DRAWS[method](scores, row_keys(rows.seed, rows.position))
-    return jnp.where(rows.temperature < GREEDY_TEMPERATURE, argmax(scores), drawn)

@@ -13,7 +13,7 @@ from jllm.sampling.history import banned_by_words, count_tokens
 from jllm.sampling.rows import SamplingRows, TokenHistory
 from jllm.sampling.rules import BITS, Rules
 from jllm.sampling.search import largest_threshold
-from jllm.types import GREEDY_TEMPERATURE
+from jllm.sampling.temperature import divisor, weights
 
 
 def add_bias(
@@ -87,16 +87,6 @@ def keep_best_if_all_banned(
     return jnp.where(none_left, _ban(scores, scores < best), masked)
 
 
-def apply_temperature(
-    scores: Float[Array, "S V"], temperature: Float[Array, " S"]
-) -> Float[Array, "S V"]:
-    """Divides by the temperature; greedy rows stay as they are."""
-    divisor = jnp.where(temperature < GREEDY_TEMPERATURE, 1.0, temperature)
-    # A finite bound, for infinity minus infinity would be no score at all.
-    largest = float(jnp.finfo(jnp.float32).max)
-    return jnp.minimum(scores / divisor[:, None], largest)
-
-
 def apply_top_k(
     scores: Float[Array, "S V"], top_k: Int[Array, " S"]
 ) -> Float[Array, "S V"]:
@@ -111,26 +101,33 @@ def apply_top_k(
 
 
 def apply_top_p(
-    scores: Float[Array, "S V"], top_p: Float[Array, " S"]
+    scores: Float[Array, "S V"],
+    top_p: Float[Array, " S"],
+    temperature: Float[Array, " S"],
 ) -> Float[Array, "S V"]:
     """Keeps the best scores whose probabilities reach `top_p`, and ties of the last.
 
     Holtzman et al., 2019, The Curious Case of Neural Text Degeneration.
     """
-    weights = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
-    target = top_p * jnp.sum(weights, axis=1)
+    relative = weights(scores, jnp.max(scores, axis=1), temperature)
+    target = top_p * jnp.sum(relative, axis=1)
 
     def enough(kept: Bool[Array, "S V"]) -> Bool[Array, " S"]:
-        return jnp.sum(jnp.where(kept, weights, 0.0), axis=1) >= target
+        return jnp.sum(jnp.where(kept, relative, 0.0), axis=1) >= target
 
     return _keep_from(scores, largest_threshold(scores, enough), top_p >= 1)
 
 
 def apply_min_p(
-    scores: Float[Array, "S V"], min_p: Float[Array, " S"]
+    scores: Float[Array, "S V"],
+    min_p: Float[Array, " S"],
+    temperature: Float[Array, " S"],
 ) -> Float[Array, "S V"]:
-    """Keeps tokens at least `min_p` times as probable as the best (Nguyen et al., 2024)."""
-    threshold = jnp.max(scores, axis=1) + jnp.log(min_p)
+    """Keeps tokens at least `min_p` times as probable as the best.
+
+    Nguyen et al., 2024, Turning Up the Heat: Min-p Sampling.
+    """
+    threshold = jnp.max(scores, axis=1) + divisor(temperature) * jnp.log(min_p)
     return _keep_from(scores, threshold, min_p <= 0)
 
 

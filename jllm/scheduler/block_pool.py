@@ -60,12 +60,6 @@ class BlockPool:
                 del self._evictable[block]
             self._references[block] += 1
 
-    def touch(self, block: int) -> None:
-        """Makes an evictable block the last to be evicted."""
-        if block in self._evictable:
-            del self._evictable[block]
-            self._evictable[block] = None
-
     def release(self, blocks: Sequence[int]) -> None:
         """Drops one reference of each block of a table.
 

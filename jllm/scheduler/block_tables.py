@@ -44,6 +44,7 @@ class BlockTables:
         self._cache = PrefixCache()
         self._pool = BlockPool(num_blocks, self._cache)
         self._num_reserved = 0
+        self._held: list[int] = []
 
     @property
     def pool(self) -> BlockPool:
@@ -111,13 +112,22 @@ class BlockTables:
         return wanted + taken + spare <= self.num_available
 
     def start(self, request: Request, match: Match) -> None:
-        """Puts the shared blocks into the table of a sequence."""
+        """Puts the shared blocks into the table of a sequence.
+
+        The source of a copy is held until `end_step`.
+        """
         self._pool.share(match.blocks)
         if match.source is not None:
-            self._pool.touch(match.source)
+            self._pool.share([match.source])
+            self._held.append(match.source)
         request.block_ids = list(match.blocks)
         request.num_computed_tokens = match.num_tokens
         request.num_recorded_blocks = len(match.blocks)
+
+    def end_step(self) -> None:
+        """Lets go of the blocks that no copy of the step may have as a target."""
+        self._pool.release(self._held)
+        self._held.clear()
 
     def reserve(self, request: Request, count: int) -> None:
         """Sets blocks aside that the sequence will take in later steps."""
@@ -132,7 +142,7 @@ class BlockTables:
         """
         count = self.num_blocks_for(num_tokens) - len(request.block_ids)
         reserved = min(count, request.num_reserved_blocks)
-        if count - reserved > self.num_available:
+        if count > reserved and count - reserved > self.num_available:
             return None
         request.num_reserved_blocks -= reserved
         self._num_reserved -= reserved

@@ -66,9 +66,7 @@ class Draft:
         end = position + count
         target = request.block_ids[len(match.blocks)]
         copy = None
-        # The last block of a full pool may come back as its own target: it is taken
-        # over as it is.
-        if match.source is not None and match.source != target:
+        if match.source is not None:
             copy = BlockCopy(match.source, target)
             self.copies_left -= 1
         row = ScheduledRow(

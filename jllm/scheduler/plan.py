@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """A block whose content is copied before the step computes (copy on write)."""
+    """A block whose content is copied before the step computes (copy on write).
+
+    No block is both a source and a target in one step.
+    """
 
     source: int
     target: int

@@ -11,9 +11,9 @@ blocks and waits again, which may be the one that asked.
 A sequence is preempted `max_preemptions` times at most. From then on it is immune: it
 starts only when all blocks that it can ever need are free, and these are reserved for
 it. This rules out a deadlock. An immune sequence never asks for a block in vain. Any
-other that does is preempted at last itself, so that none holds blocks while it waits for
-more; as preemptions are bounded, the running ones end. Then the head of the queue starts,
-at the latest in an empty pool, because a sequence too long for that was refused.
+other that does is at last preempted itself, so that none holds blocks while it waits
+for more; as preemptions are bounded, the running ones end. Then the head of the queue
+starts, at the latest in an empty pool: a sequence too long for that was refused.
 
 `schedule` may be called while one earlier plan is not committed. The device executes
 plans in order, so blocks and rows can be given away as soon as their owner has ended.
@@ -42,7 +42,7 @@ class RowResult(NamedTuple):
     """What the device reports for one row of a plan.
 
     Attributes:
-        token_id: The sampled token; of no meaning where the row does not sample.
+        token_id: The sampled token, anything if the row does not sample.
         finite: Whether the row's logits were finite.
     """
 
@@ -178,6 +178,7 @@ class Scheduler:
             self._schedule_waiting(draft)
         for parent in draft.first_samples:
             self._sequences.queue_forks(parent)
+        self._tables.end_step()
         plan = draft.plan()
         if plan is not None:
             self._num_steps = plan.step
@@ -217,8 +218,7 @@ class Scheduler:
             blocks = self._tables.grow(request, num_tokens)
             if blocks is not None:
                 return blocks
-            # An immune request has its blocks reserved and does not get here; any other
-            # is a victim itself.
+            # The request is a victim itself, or immune; then it does not get here.
             next(v for v in reversed(self._sequences.running) if self.preempt(v))
         return ()
 
@@ -294,8 +294,8 @@ class Scheduler:
             results: One result per row of the plan.
 
         Returns:
-            An update for each sequence that got a token or ended. Results for sequences
-            that had ended before are ignored.
+            An update for each sequence that got a token or ended. Those that had ended
+            before are left out.
         """
         launched = self._launched.popleft()
         assert launched.plan is plan, "plans are committed in the order of their launch"

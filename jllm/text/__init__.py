@@ -1,0 +1,1 @@
+"""Text at the rim: prompts to tokens, tokens to text; knows no engine and no HTTP."""

@@ -47,7 +47,7 @@ def resolve_model(
     path = Path(name).expanduser()
     if path.is_file():
         raise ModelNotFoundError(f"model {name!r} is a file; name the folder it is in")
-    if not path.is_dir():
+    if not name or not path.is_dir():  # the empty path would be the current folder
         path = _fetch(name, revision, with_weights=with_weights)
     generation = path / "generation_config.json"
     return CheckpointFiles(

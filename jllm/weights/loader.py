@@ -6,7 +6,7 @@ that the host needs at most one parameter more than the arrays themselves.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -123,17 +123,13 @@ def lay_out(
         tensor.check_readable()
         shape = _fitted_shape(spec, part, tensor.shape)
         if shape is None:
-            raise _misshapen(name, spec, part, tensor)
+            raise _misshapen(name, spec, [part], [tensor])
         section = Section(tensor, shape, start, part.repeat)
         sections.append(section)
         start += section.length(axis)
-    full = (
-        start <= spec.shape[axis]
-        if spec.pad_axis == axis
-        else (start == spec.shape[axis])
-    )
-    if not full:
-        raise _misshapen(name, spec, spec.parts[-1], sections[-1].tensor)
+    room = spec.shape[axis] - start
+    if room < 0 or (room and spec.pad_axis is None):
+        raise _misshapen(name, spec, spec.parts, [s.tensor for s in sections])
     return tuple(sections)
 
 
@@ -239,7 +235,7 @@ def _merges_into(shape: list[int], stored: tuple[int, ...]) -> bool:
     dims: Iterator[int] = iter(shape)
     for size in stored:
         product = 1
-        while product != size or product == 0:
+        while product != size:
             step = next(dims, None)
             if step is None or product > size:
                 return False
@@ -248,12 +244,21 @@ def _merges_into(shape: list[int], stored: tuple[int, ...]) -> bool:
 
 
 def _misshapen(
-    name: str, spec: ParamSpec, part: Part, tensor: StoredTensor
+    name: str, spec: ParamSpec, parts: Sequence[Part], tensors: Sequence[StoredTensor]
 ) -> CheckpointError:
-    wanted = "" if part.shape is None else f"; expected {part.shape}"
+    """The error for tensors that do not fill a parameter, alone or together."""
+    found = ", ".join(
+        f"tensor {tensor.name!r} has shape {tensor.shape}"
+        + (
+            f" instead of {part.shape}"
+            if part.shape not in (None, tensor.shape)
+            else ""
+        )
+        for part, tensor in zip(parts, tensors, strict=True)
+    )
     return CheckpointError(
-        f"{tensor.file}: tensor {tensor.name!r} has shape {tensor.shape}, which does "
-        f"not fit parameter {name} of shape {spec.shape}{wanted}"
+        f"{tensors[0].file}: {found}, which does not fit parameter {name} of shape "
+        f"{spec.shape}"
     )
 
 

@@ -5,7 +5,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
+
 
 Implementation = Literal["auto", "reference", "blocked"]
 
@@ -44,18 +45,23 @@ def check_attention_arguments(
 
 
 def load_blocks(
-    kv: Float[Array, "B 2 K P D"],
+    kv: Shaped[Array, "B 2 K P D"],
     blocks: Int[Array, " C"],
     first_position: Int[Array, ""] | int,
     limit: Int[Array, ""],
+    dtype: jnp.dtype,
 ) -> KeyTile:
     """Gathers blocks of one sequence in float32; places from `limit` on are zero.
+
+    A pool of uint16 holds the bits of `dtype`.
 
     Unused places hold anything, NaN included, and a probability of zero does not
     cancel a NaN; hence the values are masked, not only the scores.
     """
     _, _, num_kv_heads, block_size, head_dim = kv.shape
     tile = kv.at[blocks].get(mode="clip")  # [C, 2, K, P, D]
+    if kv.dtype == jnp.uint16:
+        tile = jax.lax.bitcast_convert_type(tile, dtype)
     tile = tile.transpose(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)
     positions = first_position + jnp.arange(blocks.shape[0] * block_size)
     # XLA's CPU backend has no batched product of 16-bit types with float32 output.
@@ -77,7 +83,7 @@ def scores_of(
 def attend_dense(
     q: Float[Array, "Q H D"],
     q_positions: Int[Array, " Q"],
-    kv: Float[Array, "B 2 K P D"],
+    kv: Shaped[Array, "B 2 K P D"],
     block_table: Int[Array, " M"],
     length: Int[Array, ""],
     scale: float,
@@ -86,7 +92,7 @@ def attend_dense(
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = kv.shape[2]
     grouped = q.reshape(num_queries, num_kv_heads, -1, head_dim)
-    tile = load_blocks(kv, block_table, 0, length)
+    tile = load_blocks(kv, block_table, 0, length, q.dtype)
     visible = _visible(q_positions, tile.positions)
     scores = scores_of(grouped, tile, visible, scale)
     weights = jax.nn.softmax(scores, axis=-1)
@@ -98,7 +104,7 @@ def attend_dense(
 def attend_blocked(
     q: Float[Array, "Q H D"],
     q_positions: Int[Array, " Q"],
-    kv: Float[Array, "B 2 K P D"],
+    kv: Shaped[Array, "B 2 K P D"],
     block_table: Int[Array, " M"],
     length: Int[Array, ""],
     scale: float,
@@ -123,7 +129,7 @@ def attend_blocked(
         maximum, total, weighted = carry
         first = chunk * blocks_per_chunk
         blocks = jax.lax.dynamic_slice_in_dim(block_table, first, blocks_per_chunk)
-        tile = load_blocks(kv, blocks, first * block_size, length)
+        tile = load_blocks(kv, blocks, first * block_size, length, q.dtype)
         visible = _visible(q_positions, tile.positions)
         scores = scores_of(grouped, tile, visible, scale)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1))

@@ -7,15 +7,17 @@ from pallas_kernels.kv_write.reference import copy_blocks_reference, kv_write_re
 
 
 def kv_write(
-    kv: Float[Array, "B 2 K P D"],
+    kv: Shaped[Array, "B 2 K P D"],
     keys: Float[Array, "T K D"],
     values: Float[Array, "T K D"],
     slots: Int[Array, " T"],
-) -> Float[Array, "B 2 K P D"]:
+) -> Shaped[Array, "B 2 K P D"]:
     """Writes the keys and values of new tokens into their slots, in place.
 
     Args:
         kv: Pool of blocks; updated in place when it is donated and not used again.
+            A pool of uint16 holds the bits of 16-bit floats: XLA's CPU backend widens
+            all operands of a 16-bit float scatter, hence the whole pool.
         keys: Keys of the new tokens, cast to the type of the pool.
         values: Their values.
         slots: block * P + place, all distinct; one outside the pool is not written.
@@ -27,6 +29,8 @@ def kv_write(
         raise ValueError(f"keys {keys.shape} and values {values.shape} differ")
     if keys.shape[1:] != (kv.shape[2], kv.shape[4]):
         raise ValueError(f"keys {keys.shape} do not fit the pool {kv.shape}")
+    if kv.dtype == "uint16" and keys.dtype.itemsize != 2:
+        raise ValueError(f"a pool of uint16 cannot hold the bits of {keys.dtype}")
     return kv_write_reference(kv, keys, values, slots)
 
 

@@ -1,7 +1,7 @@
 """The public operation: contract, checks, choice of implementation."""
 
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.common.attention import Implementation, check_attention_arguments
 from pallas_kernels.paged_attention.blocked import paged_attention_blocked
@@ -10,7 +10,7 @@ from pallas_kernels.paged_attention.reference import paged_attention_reference
 
 def paged_attention(
     q: Float[Array, "S H D"],
-    kv: Float[Array, "B 2 K P D"],
+    kv: Shaped[Array, "B 2 K P D"],
     block_tables: Int[Array, "S M"],
     lengths: Int[Array, " S"],
     *,
@@ -24,7 +24,8 @@ def paged_attention(
 
     Args:
         q: Query heads of one token per sequence.
-        kv: Pool of blocks: key | value, KV head, place in block, head width.
+        kv: Pool of blocks: key | value, KV head, place in block, head width; of
+            uint16 if it holds the bits of 16-bit queries' type.
         block_tables: Pool block of each run of P positions; entries past the length
             are ignored, ids outside the pool never read outside it.
         lengths: Tokens of each sequence in the cache; zero gives a row of zeros.

@@ -2,14 +2,14 @@
 
 import jax
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.common.attention import attend_dense
 
 
 def paged_attention_reference(
     q: Float[Array, "S H D"],
-    kv: Float[Array, "B 2 K P D"],
+    kv: Shaped[Array, "B 2 K P D"],
     block_tables: Int[Array, "S M"],
     lengths: Int[Array, " S"],
     scale: float,

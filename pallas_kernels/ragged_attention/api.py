@@ -1,7 +1,7 @@
 """The public operation: contract, checks, choice of implementation."""
 
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.common.attention import Implementation, check_attention_arguments
 from pallas_kernels.ragged_attention.blocked import ragged_attention_blocked
@@ -10,7 +10,7 @@ from pallas_kernels.ragged_attention.reference import ragged_attention_reference
 
 def ragged_attention(
     q: Float[Array, "T H D"],
-    kv: Float[Array, "B 2 K P D"],
+    kv: Shaped[Array, "B 2 K P D"],
     block_tables: Int[Array, "S M"],
     row_starts: Int[Array, " S+1"],
     lengths: Int[Array, " S"],
@@ -26,7 +26,8 @@ def ragged_attention(
 
     Args:
         q: Query heads, sequence after sequence.
-        kv: Pool of blocks: key | value, KV head, place in block, head width.
+        kv: Pool of blocks: key | value, KV head, place in block, head width; of
+            uint16 if it holds the bits of 16-bit queries' type.
         block_tables: Pool block of each run of P positions; entries past the length
             are ignored, ids outside the pool never read outside it.
         row_starts: First token of each sequence; its last entry counts the tokens.

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.common.attention import attend_blocked, pad_tables
 from pallas_kernels.ragged_attention.tiles import make_tiles
@@ -14,7 +14,7 @@ KEYS_PER_CHUNK = 256
 
 def ragged_attention_blocked(
     q: Float[Array, "T H D"],
-    kv: Float[Array, "B 2 K P D"],
+    kv: Shaped[Array, "B 2 K P D"],
     block_tables: Int[Array, "S M"],
     row_starts: Int[Array, " S+1"],
     lengths: Int[Array, " S"],

@@ -1,10 +1,10 @@
 """A deterministic simulator of arrivals, faults and a device, driving the scheduler.
 
 One seed is one run: a small scheduler with random limits, random arrivals by a fake
-clock, aborts, forks, priorities, salts, shared prefixes, preemptions and rows that are not
-finite. The fake device keeps a pool of its own and samples a hash of the whole context as
-it reads it through its block tables; a wrong block, stale content, a missing copy or a
-wrong position changes the tokens. The invariants hold after every step.
+clock, aborts, forks, priorities, salts, shared prefixes, preemptions and rows that are
+not finite. The fake device keeps a pool of its own and samples a hash of the whole
+context as it reads it through its block tables; a wrong block, stale content, a missing
+copy or a wrong position changes the tokens. The invariants hold after every step.
 
     python tests/jllm/scheduler/simulator.py --seeds 10000
     python tests/jllm/scheduler/simulator.py --seed 123
@@ -95,6 +95,7 @@ class Device:
         contents = [list(self.pool[copy.source]) for copy in copies]
         targets = {copy.target for copy in copies}
         assert len(targets) == len(copies), "two copies to one block"
+        assert not targets & {copy.source for copy in copies}, "a target is a source"
         for copy, content in zip(copies, contents, strict=True):
             self.pool[copy.target] = content
 

@@ -35,7 +35,7 @@ def test_invariants_hold_after_every_step(simulator_seeds, part):
 
 
 def test_runs_hold_with_type_checks_and_reach_every_case():
-    counts = simulator.run_seeds(0, 12)
+    counts = simulator.run_seeds(0, 10)
     assert all(counts[name] > 0 for name in simulator.COUNTED), counts
 
 
@@ -55,7 +55,7 @@ def test_colliding_digests_cost_hits_but_no_tokens(monkeypatch):
         return bytes([strong(parent, content)[0] % 4])
 
     monkeypatch.setattr(prefix_cache, "digest", weak)
-    assert simulator.run_seeds(0, 20)["hits"] > 0
+    assert simulator.run_seeds(0, 8)["hits"] > 0
 
 
 def test_a_failing_seed_is_named(monkeypatch):

@@ -1,0 +1,127 @@
+"""Times the two ways to draw a token, one line of JSON per case.
+
+    python benchmarks/sampling_draw.py [--repeats 21] [--output FILE]
+
+Each case is one jitted `draw`, timed to the end of its computation. The methods take
+turns, so that a slow spell of the machine meets both; medians are compared.
+"""
+
+import argparse
+import datetime as dt
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jllm.sampling.draws import DRAWS
+from jllm.sampling.rows import SamplingRows
+from jllm.sampling.sampler import draw
+
+ROOT = pathlib.Path(__file__).parents[1]
+NUM_ROWS = (1, 32)
+VOCAB_SIZES = (32_000, 151_936)
+
+
+def make_rows(num_rows):
+    """Rows that sample at temperature 1 from different random streams."""
+
+    def full(value, dtype=jnp.float32):
+        return jnp.full(num_rows, value, dtype)
+
+    zeros = full(0, jnp.int32)
+    return SamplingRows(
+        temperature=full(1),
+        top_p=full(1),
+        min_p=full(0),
+        presence=full(0),
+        frequency=full(0),
+        repetition=full(1),
+        top_k=zeros,
+        seed=jnp.ones((num_rows, 2), jnp.uint32),
+        position=jnp.arange(num_rows, dtype=jnp.int32),
+        prompt_len=zeros,
+        min_tokens=zeros,
+    )
+
+
+def measure(num_rows, vocab_size, repeats):
+    """Milliseconds of each method, in the order of the runs."""
+    logits = jax.random.normal(jax.random.key(0), (num_rows, vocab_size)) * 3
+    rows = make_rows(num_rows)
+    programs = {name: jax.jit(partial(draw, method=name)) for name in DRAWS}
+    times = {name: [] for name in programs}
+    for program in programs.values():
+        program(logits, rows).block_until_ready()
+    for _ in range(repeats):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            program(logits, rows).block_until_ready()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def git(*arguments):
+    """What a git command prints."""
+    command = ("git", *arguments)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def commit():
+    """The commit, marked when what is measured differs from it."""
+    changed = git("status", "--porcelain", "--", "jllm/sampling", __file__)
+    return git("rev-parse", "HEAD") + ("-modified" if changed else "")
+
+
+def environment():
+    """Where and with what the figures were measured."""
+    device = jax.devices()[0]
+    return {
+        "date": dt.date.today().isoformat(),
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": device.device_kind,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=21)
+    default = ROOT / "benchmarks" / "results" / "sampling_draw.jsonl"
+    parser.add_argument("--output", type=pathlib.Path, default=default)
+    arguments = parser.parse_args()
+    lines = []
+    for vocab_size in VOCAB_SIZES:
+        for num_rows in NUM_ROWS:
+            times = measure(num_rows, vocab_size, arguments.repeats)
+            for method, values in times.items():
+                case = {
+                    "benchmark": "sampling_draw",
+                    "method": method,
+                    "rows": num_rows,
+                    "vocab_size": vocab_size,
+                    "median_ms": round(statistics.median(values), 3),
+                    "min_ms": round(min(values), 3),
+                    "max_ms": round(max(values), 3),
+                    "repeats": len(values),
+                }
+                print(json.dumps(case))
+                lines.append(json.dumps(case | environment()))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.output.open("a", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

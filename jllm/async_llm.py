@@ -1,0 +1,323 @@
+"""Online generation: requests come and go in an event loop while the engine runs."""
+
+import asyncio
+import collections
+import dataclasses
+import itertools
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+from jllm.config import EngineConfig, make_config
+from jllm.engine.create import create_engine
+from jllm.engine.loop import EngineLoop
+from jllm.errors import ConfigError, EngineStoppedError, InvalidRequestError
+from jllm.text.chat_template import ChatOptions
+from jllm.text.output import RequestStream
+from jllm.text.prompts import PreparedRequest, Prompt, make_processor
+from jllm.types import RequestOutput, SamplingParams, TokenOutput
+
+LONG_TEXT = 2048
+"""Characters from which a prompt is encoded beside the event loop."""
+
+
+class AsyncLLM:
+    """A model that serves many requests at once; names and arguments as in vLLM.
+
+    Its methods are called in an event loop. Use it as an asynchronous context manager,
+    or call `shutdown`, to free the device.
+    """
+
+    def __init__(self, model: Any = None, **options: Any) -> None:
+        """Loads a model; see `LLM`."""
+        self._config = config = make_config(model, options)
+        self._ids = itertools.count()
+        self._open: dict[str, _OpenRequest] = {}
+        self._mailbox: _Mailbox | None = None
+        engine = create_engine(config)
+        limits, info = engine.limits, engine.info
+        self._max_model_len = limits.max_model_len
+        try:
+            self._processor = make_processor(
+                config,
+                info.path,
+                vocab_size=limits.vocab_size,
+                max_model_len=limits.max_model_len,
+            )
+            self._default_params = SamplingParams(**info.default_sampling)
+        except BaseException:
+            engine.close()
+            raise
+        self._engine = engine
+        self._loop = EngineLoop(engine)
+        # One thread: a tokenizer works for one caller at a time.
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="jllm-encode")
+
+    @classmethod
+    def from_engine_config(cls, config: EngineConfig) -> Self:
+        """Loads the model that the options name."""
+        return cls(**dataclasses.asdict(config))
+
+    @property
+    def config(self) -> EngineConfig:
+        """The options it was made with."""
+        return self._config
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its output together."""
+        return self._max_model_len
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are accepted."""
+        return self._loop.is_alive
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine has failed."""
+        return self._loop.error is not None
+
+    @property
+    def dead_error(self) -> EngineStoppedError | None:
+        """What the engine has failed with."""
+        return self._loop.error
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    def get_tokenizer(self) -> Any:
+        """Returns the transformers tokenizer.
+
+        Raises:
+            ConfigError: It was not loaded.
+        """
+        if self._processor.tokenizer is None:
+            raise ConfigError("there is no tokenizer: skip_tokenizer_init is set")
+        return self._processor.tokenizer.hf
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns what is used where no sampling parameters are given."""
+        return self._default_params
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forgets cached prompt prefixes; False while requests are running."""
+        future = self._loop.call(self._engine.reset_prefix_cache)
+        return await asyncio.wrap_future(future)
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: Any = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Completes one prompt, with outputs of the kind the parameters ask for.
+
+        Leaving the generator, or cancelling the task that reads it, ends the request.
+
+        Args:
+            prompt: See `LLM.generate`.
+            sampling_params: None takes the model's defaults.
+            request_id: Name for `abort`, unique among open requests.
+            priority: Smaller runs first.
+
+        Raises:
+            InvalidRequestError: The prompt or a parameter is wrong, or the id in use.
+            EngineStoppedError: The engine has failed or was shut down.
+        """
+        params = self._default_params if sampling_params is None else sampling_params
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(
+                f"sampling_params must be SamplingParams, not {params!r}",
+                parameter="sampling_params",
+            )
+        if request_id is None:
+            request_id = f"request-{next(self._ids)}"
+        if request_id in self._open:
+            raise InvalidRequestError(
+                f"request_id={request_id!r} is in use", parameter="request_id"
+            )
+        # The id is taken before anything is waited for.
+        opened = self._open[request_id] = _OpenRequest()
+        try:
+            prepared = await self._prepare(request_id, prompt, params, priority)
+            stream = await self._submit(prepared, opened)
+            while not stream.finished:
+                await opened.wait()
+                output = stream.take()
+                if output is not None:
+                    yield output
+        finally:
+            del self._open[request_id]
+            if not opened.finished:
+                self._loop.abort(request_id)
+
+    async def chat(
+        self,
+        messages: Any,
+        sampling_params: Any = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        **chat_options: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answers one conversation; see `generate` and `LLM.chat`."""
+        prompt = await self.chat_prompt(messages, **chat_options)
+        outputs = self.generate(prompt, sampling_params, request_id, priority=priority)
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            await outputs.aclose()
+
+    async def chat_prompt(self, messages: Any, **chat_options: Any) -> Prompt:
+        """Renders a conversation to a prompt for `generate`, beside the event loop."""
+        options = ChatOptions.from_keywords(chat_options)
+        return await self._encode(self._processor.chat_prompt, messages, options)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; its last output has finish reason "abort"."""
+        opened = self._open.get(request_id)
+        if opened is not None:
+            self._loop.abort(request_id)
+            opened.abort()
+
+    def shutdown(self) -> None:
+        """Fails open requests and frees the device; may be called again."""
+        self._loop.close()
+        self._encoder.shutdown(wait=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # A running step is waited for; the event loop goes on meanwhile.
+        await asyncio.to_thread(self.shutdown)
+
+    async def _prepare(
+        self, request_id: str, prompt: Any, params: SamplingParams, priority: int
+    ) -> PreparedRequest:
+        prepare = self._processor.prepare
+        if not self.is_running:
+            raise EngineStoppedError(str(self.dead_error or "it was shut down"))
+        if _num_characters(prompt) < LONG_TEXT:
+            return prepare(request_id, prompt, params, priority)
+        return await self._encode(prepare, request_id, prompt, params, priority)
+
+    async def _encode(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        event_loop = asyncio.get_running_loop()
+        return await event_loop.run_in_executor(self._encoder, function, *arguments)
+
+    async def _submit(
+        self, prepared: PreparedRequest, opened: "_OpenRequest"
+    ) -> RequestStream:
+        """Hands a request to the engine, and its outputs to the stream returned."""
+        stream = RequestStream(prepared, self._processor.tokenizer)
+        mailbox = self._mailbox_of(asyncio.get_running_loop())
+
+        def receive(item: list[TokenOutput] | EngineStoppedError) -> None:
+            for index in opened.receive(item):
+                self._loop.abort(stream.request_id, index)
+
+        opened.open(stream)
+        added = self._loop.add(prepared.request, mailbox.sink(receive))
+        await asyncio.wrap_future(added)
+        return stream
+
+    def _mailbox_of(self, event_loop: asyncio.AbstractEventLoop) -> "_Mailbox":
+        if self._mailbox is None or self._mailbox.event_loop is not event_loop:
+            self._mailbox = _Mailbox(event_loop)
+        return self._mailbox
+
+
+class _OpenRequest:
+    """One open request, as the event loop sees it."""
+
+    def __init__(self) -> None:
+        self._stream: RequestStream | None = None
+        self._news = asyncio.Event()
+        self._error: EngineStoppedError | None = None
+        self._is_aborted = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its sequences have ended."""
+        return self._stream is not None and self._stream.finished
+
+    def open(self, stream: RequestStream) -> None:
+        """Names the stream, which an abort may have preceded."""
+        self._stream = stream
+        if self._is_aborted:
+            self.abort()
+
+    def receive(self, item: list[TokenOutput] | EngineStoppedError) -> list[int]:
+        """Takes what the engine sends; returns the sequences it has to end."""
+        self._news.set()
+        if isinstance(item, EngineStoppedError):
+            self._error = item
+            return []
+        stream = self._stream
+        assert stream is not None
+        return [output.index for output in item if stream.push(output)]
+
+    def abort(self) -> None:
+        """Ends the request on this side."""
+        self._is_aborted = True
+        if self._stream is not None:
+            self._stream.abort()
+        self._news.set()
+
+    async def wait(self) -> None:
+        """Waits for news.
+
+        Raises:
+            EngineStoppedError: They are that the engine has stopped.
+        """
+        await self._news.wait()
+        self._news.clear()
+        if self._error is not None:
+            raise EngineStoppedError(str(self._error)) from self._error
+
+
+class _Mailbox:
+    """Hands items of the engine's thread to an event loop, waking it once for many."""
+
+    def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        self.event_loop = event_loop
+        self._items: collections.deque[tuple[Callable[[Any], None], Any]] = (
+            collections.deque()
+        )
+        self._is_woken = False
+
+    def sink(self, receive: Callable[[Any], None]) -> Callable[[Any], None]:
+        """A function for the engine's thread that has `receive` called in the loop."""
+
+        def post(item: Any) -> None:
+            self._items.append((receive, item))
+            # Appended first, so that the drain that clears the flag sees the item.
+            if not self._is_woken:
+                self._is_woken = True
+                self.event_loop.call_soon_threadsafe(self._drain)
+
+        return post
+
+    def _drain(self) -> None:
+        self._is_woken = False
+        while self._items:
+            receive, item = self._items.popleft()
+            receive(item)
+
+
+def _num_characters(prompt: Any) -> int:
+    text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+    return len(text) if isinstance(text, str) else 0

@@ -1,0 +1,240 @@
+"""Runs an engine in a thread of its own, for callers in other threads."""
+
+import atexit
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol, runtime_checkable
+
+from jllm.errors import EngineStoppedError
+from jllm.types import EngineRequest, TokenOutput
+
+logger = logging.getLogger("jllm")
+
+SHUT_DOWN = "the engine was shut down"
+
+Sink = Callable[[list[TokenOutput] | EngineStoppedError], None]
+"""Takes the outputs of one request step by step, or the error that ended it; called in
+the engine's thread, so that it has to be quick."""
+
+
+@runtime_checkable
+class Stepper(Protocol):
+    """What the loop needs of an engine."""
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a step would do anything."""
+        ...
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request."""
+        ...
+
+    def abort_sequence(self, request_id: str, index: int) -> None:
+        """Ends one sequence of a request."""
+        ...
+
+    def step(self) -> list[TokenOutput]:
+        """Computes a step."""
+        ...
+
+    def close(self) -> None:
+        """Frees the device."""
+        ...
+
+
+class EngineLoop:
+    """One worker thread that alone touches the engine.
+
+    Calls from other threads are queued and served between two steps; with nothing to
+    do the thread sleeps on that queue. An error in a call goes to its caller. An error
+    in a step ends the loop: every open request, and every later call, gets an
+    `EngineStoppedError`.
+    """
+
+    def __init__(self, engine: Stepper) -> None:
+        """Takes over an engine and starts the thread."""
+        self._engine = engine
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._sinks: dict[str, Sink] = {}
+        self._unfinished: dict[str, set[int]] = {}
+        self._error: EngineStoppedError | None = None
+        self._accepting = True
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(
+            target=self._run, name="jllm-engine", daemon=True
+        )
+        self._thread.start()
+        # A daemon thread must not be inside the runtime when the interpreter ends.
+        atexit.register(self.close)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are accepted."""
+        return self._accepting
+
+    @property
+    def error(self) -> EngineStoppedError | None:
+        """What a step failed with; None while it works and after a clean `close`."""
+        return self._error
+
+    def add(self, request: EngineRequest, sink: Sink) -> Future[None]:
+        """Queues a request; the future holds the error if the engine refuses it.
+
+        Raises:
+            EngineStoppedError: The loop has ended.
+        """
+
+        def add() -> None:
+            self._engine.add(request)
+            self._sinks[request.request_id] = sink
+            self._unfinished[request.request_id] = set(range(request.params.n))
+
+        return self.call(add)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one sequence of it; its sink is called no more.
+
+        Unknown ids are ignored, and so is everything once the loop has ended.
+        """
+
+        def abort() -> None:
+            unfinished = self._unfinished.get(request_id, set())
+            if index is None or unfinished == {index}:
+                self._forget(request_id)
+                self._engine.abort(request_id)
+            elif index in unfinished:
+                unfinished.discard(index)
+                self._engine.abort_sequence(request_id, index)
+
+        with contextlib.suppress(EngineStoppedError):
+            self.call(abort)
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Has the engine's thread call a function between two steps.
+
+        Raises:
+            EngineStoppedError: The loop has ended.
+        """
+        call = _Call(function)
+        with self._lock:
+            if not self._accepting:
+                raise EngineStoppedError(str(self._error or SHUT_DOWN))
+            self._calls.put(call)
+        return call.future
+
+    def close(self) -> None:
+        """Fails the open requests, ends the thread and closes the engine.
+
+        May be called again, and from any thread but the engine's own.
+        """
+        with self._lock:
+            if self._accepting:
+                self._accepting = False
+                self._calls.put(None)
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def _run(self) -> None:
+        stopped = EngineStoppedError(SHUT_DOWN)
+        try:
+            while self._serve_calls():
+                if self._engine.has_unfinished:
+                    self._deliver(self._engine.step())
+        # Whatever a step failed with, those who wait for it have to be told.
+        except Exception as error:
+            logger.exception("the engine failed")
+            reason = f"{type(error).__name__}: {error}"
+            stopped = EngineStoppedError(f"the engine has failed: {reason}")
+            stopped.__cause__ = error
+            self._error = stopped
+        finally:
+            self._stop(stopped)
+
+    def _serve_calls(self) -> bool:
+        """Serves all queued calls; sleeps for one when idle. False asks for the end."""
+        while True:
+            try:
+                call = self._calls.get(block=not self._engine.has_unfinished)
+            except queue.Empty:
+                return True
+            if call is None:
+                return False
+            call.run()
+
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        by_request: dict[str, list[TokenOutput]] = {}
+        for output in outputs:
+            by_request.setdefault(output.request_id, []).append(output)
+        for request_id, its_outputs in by_request.items():
+            sink = self._sinks.get(request_id)
+            if sink is None:
+                continue
+            self._note_ends(request_id, its_outputs)
+            if not _hand_over(sink, its_outputs):
+                self._forget(request_id)
+                self._engine.abort(request_id)
+
+    def _note_ends(self, request_id: str, outputs: list[TokenOutput]) -> None:
+        unfinished = self._unfinished[request_id]
+        unfinished -= {output.index for output in outputs if output.finish_reason}
+        if not unfinished:
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._sinks.pop(request_id, None)
+        self._unfinished.pop(request_id, None)
+
+    def _stop(self, error: EngineStoppedError) -> None:
+        with self._lock:
+            self._accepting = False
+        while not self._calls.empty():
+            call = self._calls.get()
+            if call is not None:
+                call.fail(error)
+        for sink in list(self._sinks.values()):
+            _hand_over(sink, error)
+        self._sinks.clear()
+        self._unfinished.clear()
+        self._engine.close()
+
+
+class _Call:
+    """A function to be called in the engine's thread, and where its result goes."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self.future: Future[Any] = Future()
+
+    def run(self) -> None:
+        """Calls the function, unless its caller has given up."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self._function())
+        # Any error belongs to the caller, not to this thread.
+        except Exception as error:  # noqa: BLE001
+            self.future.set_exception(error)
+
+    def fail(self, error: EngineStoppedError) -> None:
+        """Refuses the call."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+def _hand_over(sink: Sink, item: list[TokenOutput] | EngineStoppedError) -> bool:
+    """Calls a sink; one that fails, say with its event loop closed, hurts no other."""
+    try:
+        sink(item)
+    except Exception:
+        logger.exception("a reader of outputs has failed")
+        return False
+    return True

@@ -1,0 +1,265 @@
+"""Token outputs of the engine to the outputs that users get."""
+
+import time
+from collections.abc import Sequence
+
+from jllm.text.detokenizer import Detokenizer, StopStrings
+from jllm.text.prompts import PreparedRequest
+from jllm.text.tokenizer import Tokenizer
+from jllm.types import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    TokenLogprobs,
+    TokenOutput,
+)
+
+
+class RequestStream:
+    """Collects one request's tokens, and gives its outputs of the kind asked for.
+
+    Whatever arrives between two calls of `take` is in one output, so that a slow reader
+    makes outputs larger, not more.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedRequest,
+        tokenizer: Tokenizer | None,
+        kind: RequestOutputKind | None = None,
+    ) -> None:
+        """Begins with no tokens; `kind` replaces the one in the sampling parameters."""
+        request = prepared.request
+        self._request = request
+        self._prompt = prepared.prompt
+        self._tokenizer = tokenizer
+        self._kind = request.params.output_kind if kind is None else kind
+        self._sequences = [
+            _Sequence(i, request.params, request.prompt_token_ids, tokenizer)
+            for i in range(request.params.n)
+        ]
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self._cached_tokens: int | None = None
+        self._metrics = RequestMetrics(arrival_time=time.monotonic())
+        self._error: str | None = None
+        self._finished = False
+        self._final_given = False
+
+    @property
+    def request_id(self) -> str:
+        """Id of the request."""
+        return self._request.request_id
+
+    @property
+    def finished(self) -> bool:
+        """Whether all sequences have ended."""
+        return self._finished
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated so far, of all sequences."""
+        return sum(len(sequence.token_ids) for sequence in self._sequences)
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong, with finish reason "error"."""
+        return self._error
+
+    def push(self, output: TokenOutput) -> bool:
+        """Takes new tokens.
+
+        Returns:
+            Whether a stop string has ended the sequence; the engine, which knows tokens
+            only, has to be told.
+        """
+        sequence = self._sequences[output.index]
+        if sequence.finish_reason:
+            return False
+        if self._metrics.first_token_time is None and output.token_ids:
+            self._metrics.first_token_time = time.monotonic()
+        self._cached_tokens = output.num_cached_tokens
+        self._error = output.error or self._error
+        if output.prompt_logprobs is not None:
+            self._set_prompt_logprobs(output.prompt_logprobs)
+        sequence.push(output)
+        self._note_end()
+        return sequence.finish_reason is not None and output.finish_reason is None
+
+    def abort(self) -> None:
+        """Ends the sequences that still run, with finish reason "abort"."""
+        for sequence in self._sequences:
+            if not sequence.finish_reason:
+                sequence.finish("abort")
+        if not self._finished:
+            self._note_end()
+
+    def take(self) -> RequestOutput | None:
+        """Gives what is new, or None while there is nothing to give."""
+        waits = self._kind is RequestOutputKind.FINAL_ONLY and not self._finished
+        if waits or self._final_given:
+            return None
+        if self._kind is RequestOutputKind.DELTA:
+            outputs = [s.delta() for s in self._sequences if s.has_news]
+        else:
+            outputs = [s.whole() for s in self._sequences]
+        if not outputs:
+            return None
+        self._final_given = self._finished
+        output = RequestOutput(
+            request_id=self._request.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=list(self._request.prompt_token_ids),
+            prompt_logprobs=self._prompt_logprobs,
+            outputs=outputs,
+            finished=self._finished,
+            metrics=self._metrics,
+            num_cached_tokens=self._cached_tokens,
+        )
+        if self._kind is RequestOutputKind.DELTA:
+            self._prompt_logprobs = None
+        return output
+
+    def _note_end(self) -> None:
+        if all(sequence.finish_reason for sequence in self._sequences):
+            self._finished = True
+            self._metrics.finished_time = time.monotonic()
+
+    def _set_prompt_logprobs(self, entries: Sequence[TokenLogprobs]) -> None:
+        """The first token of a prompt has no probability."""
+        known = [_logprob_dict(entry, self._tokenizer) for entry in entries]
+        self._prompt_logprobs = [None, *known]
+
+
+class _Sequence:
+    """Tokens and text of one of the `n` sequences."""
+
+    def __init__(
+        self,
+        index: int,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self._index = index
+        self._params = params
+        self._tokenizer = tokenizer
+        self._detokenizer = None
+        if tokenizer is not None and params.detokenize:
+            self._detokenizer = Detokenizer(
+                tokenizer,
+                prompt_token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+        self._stops = StopStrings(
+            params.stop or (), include_in_output=params.include_stop_str_in_output
+        )
+        self._has_logprobs = params.logprobs is not None or bool(
+            params.logprob_token_ids
+        )
+        self._logprobs: list[dict[int, Logprob]] = []
+        self._cumulative = 0.0
+        self._text = ""
+        self._num_given = 0
+        self._length_given = 0
+        self._end_given = False
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `delta` would tell anything."""
+        has_tokens = len(self.token_ids) > self._num_given
+        return has_tokens or (self.finish_reason is not None and not self._end_given)
+
+    def push(self, output: TokenOutput) -> None:
+        """Takes new tokens, up to the one that completes a stop string."""
+        last = len(output.token_ids) - 1
+        for i, token_id in enumerate(output.token_ids):
+            self.token_ids.append(token_id)
+            if output.logprobs is not None:
+                self._push_logprobs(output.logprobs[i])
+            is_stop_token = i == last and output.finish_reason == "stop"
+            if is_stop_token and not self._params.include_stop_str_in_output:
+                continue
+            stop = self._push_text(token_id)
+            if stop is not None:
+                self.finish_reason, self.stop_reason = "stop", stop
+                return
+        if output.finish_reason is not None:
+            self.stop_reason = output.stop_reason
+            self.finish(output.finish_reason)
+
+    def finish(self, reason: FinishReason) -> None:
+        """Ends the sequence and its text; what was held back may hold a stop string."""
+        self.finish_reason = reason
+        if self._detokenizer is None:
+            return
+        text, stop = self._find_stop(self._detokenizer.flush())
+        self._text += text
+        if stop is None:
+            self._text += self._stops.flush()
+        else:
+            self.finish_reason, self.stop_reason = "stop", stop
+
+    def whole(self) -> CompletionOutput:
+        """All that is known so far."""
+        return self._completion(0, 0)
+
+    def delta(self) -> CompletionOutput:
+        """What was not given before."""
+        completion = self._completion(self._num_given, self._length_given)
+        self._num_given = len(self.token_ids)
+        self._length_given = len(self._text)
+        self._end_given = self.finish_reason is not None
+        return completion
+
+    def _push_text(self, token_id: int) -> str | None:
+        if self._detokenizer is None:
+            return None
+        text, stop = self._find_stop(self._detokenizer.push(token_id))
+        self._text += text
+        return stop
+
+    def _find_stop(self, text: str) -> tuple[str, str | None]:
+        """Within the first `min_tokens` tokens a stop string does not count."""
+        if len(self.token_ids) <= self._params.min_tokens:
+            return text, None
+        return self._stops.push(text)
+
+    def _push_logprobs(self, entry: TokenLogprobs) -> None:
+        self._cumulative += entry.logprob
+        ranked = not self._params.logprob_token_ids
+        self._logprobs.append(_logprob_dict(entry, self._tokenizer, ranked=ranked))
+
+    def _completion(self, first_token: int, first_character: int) -> CompletionOutput:
+        return CompletionOutput(
+            index=self._index,
+            text=self._text[first_character:],
+            token_ids=self.token_ids[first_token:],
+            cumulative_logprob=self._cumulative if self._has_logprobs else None,
+            logprobs=self._logprobs[first_token:] if self._has_logprobs else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+def _logprob_dict(
+    entry: TokenLogprobs, tokenizer: Tokenizer | None, *, ranked: bool = True
+) -> dict[int, Logprob]:
+    """The token itself first, then the best ones, or those asked for by id."""
+
+    def text(token_id: int) -> str | None:
+        return None if tokenizer is None else tokenizer.token_text(token_id)
+
+    found = {entry.token_id: Logprob(entry.logprob, entry.rank, text(entry.token_id))}
+    pairs = zip(entry.top_ids, entry.top_logprobs, strict=True)
+    for i, (token_id, logprob) in enumerate(pairs):
+        rank = i + 1 if ranked else None
+        found.setdefault(token_id, Logprob(logprob, rank, text(token_id)))
+    return found
