@@ -79,7 +79,7 @@ simulate: $(VENV)/.installed-test
 	$(PYTEST) tests/jllm/scheduler/test_simulator.py --simulator-seeds $(SEEDS)
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/offline.py
+	$(BIN)/python -m benchmarks.offline
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis

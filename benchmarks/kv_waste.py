@@ -6,7 +6,7 @@ slots reserved; those whose KV has been computed are in use. The figure is the r
 share of the slots in use, averaged over the steps. The goal is the 4 % of the
 PagedAttention paper (Kwon et al., 2023, arXiv:2309.06180).
 
-    python benchmarks/kv_waste.py --trace AzureLLMInferenceTrace_conv.csv
+    python -m benchmarks.kv_waste --trace AzureLLMInferenceTrace_conv.csv
 
 The trace is a CSV file with the columns ContextTokens and GeneratedTokens, as in
 Microsoft's Azure LLM inference traces of 2023. Without one, lengths are drawn from
@@ -16,22 +16,18 @@ log-normal distributions of similar means.
 import argparse
 import csv
 import dataclasses
-import datetime as dt
 import json
 import math
-import os
 import pathlib
-import platform
 import random
 import statistics
-import subprocess
 from collections.abc import Iterator
 
+from benchmarks import record
 from jllm.config import SchedulerConfig
 from jllm.scheduler.request import Request
 from jllm.scheduler.scheduler import RowResult, Scheduler
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "kv_waste.jsonl"
 GOAL_PERCENT = 4.0
 FILLER_TOKEN = 0
 
@@ -120,34 +116,6 @@ def measure(scheduler: Scheduler, config: SchedulerConfig, samples: Samples) -> 
     samples.pool_use.append(blocks / config.num_blocks)
 
 
-def processor() -> str:
-    """Name of the processor, or of its architecture where that is all one can tell."""
-    path = pathlib.Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.machine()
-
-
-def machine() -> dict[str, object]:
-    """Describes where the figures come from."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=pathlib.Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "commit": commit if len(commit) == 40 else None,
-        "machine": f"{processor()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-    }
-
-
 def main() -> None:
     """Runs the benchmark, appends its figures to the results and prints them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -161,7 +129,7 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--token-budget", type=int, default=4096)
     parser.add_argument("--max-model-len", type=int, default=8192)
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--results", type=pathlib.Path, default=record.RESULTS)
     options = parser.parse_args()
     config = SchedulerConfig(
         max_num_seqs=options.max_num_seqs,
@@ -178,8 +146,7 @@ def main() -> None:
         lengths = synthetic_lengths(options.requests, options.seed)
     else:
         lengths = trace_lengths(options.trace)[: options.requests]
-    line = {
-        **machine(),
+    figures = {
         "workload": options.trace.name
         if options.trace
         else f"lognormal {options.seed}",
@@ -187,10 +154,8 @@ def main() -> None:
         "goal_percent": GOAL_PERCENT,
         **replay(config, lengths),
     }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line, indent=2))
+    record.append("kv_waste", [figures], folder=options.results)
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

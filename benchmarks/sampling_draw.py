@@ -1,31 +1,25 @@
 """Times the two ways to draw a token, one line of JSON per case.
 
-    python benchmarks/sampling_draw.py [--repeats 21] [--output FILE]
+    python -m benchmarks.sampling_draw [--repeats 21]
 
 Each case is one jitted `draw`, timed to the end of its computation. The methods take
 turns, so that a slow spell of the machine meets both; medians are compared.
 """
 
 import argparse
-import datetime as dt
-import importlib.metadata
 import json
-import os
-import pathlib
-import platform
 import statistics
-import subprocess
 import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import record
 from jllm.sampling.draws import DRAWS
 from jllm.sampling.rows import SamplingRows
 from jllm.sampling.sampler import draw
 
-ROOT = pathlib.Path(__file__).parents[1]
 NUM_ROWS = (1, 32)
 VOCAB_SIZES = (32_000, 151_936)
 
@@ -68,38 +62,9 @@ def measure(num_rows, vocab_size, repeats):
     return times
 
 
-def git(*arguments):
-    """What a git command prints."""
-    command = ("git", *arguments)
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip()
-
-
-def commit():
-    """The commit, marked when what is measured differs from it."""
-    changed = git("status", "--porcelain", "--", "jllm/sampling", __file__)
-    return git("rev-parse", "HEAD") + ("-modified" if changed else "")
-
-
-def environment():
-    """Where and with what the figures were measured."""
-    device = jax.devices()[0]
-    return {
-        "date": dt.date.today().isoformat(),
-        "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "device": device.device_kind,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": importlib.metadata.version("jaxlib"),
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=21)
-    default = ROOT / "benchmarks" / "results" / "sampling_draw.jsonl"
-    parser.add_argument("--output", type=pathlib.Path, default=default)
     arguments = parser.parse_args()
     lines = []
     for vocab_size in VOCAB_SIZES:
@@ -107,7 +72,6 @@ def main():
             times = measure(num_rows, vocab_size, arguments.repeats)
             for method, values in times.items():
                 case = {
-                    "benchmark": "sampling_draw",
                     "method": method,
                     "rows": num_rows,
                     "vocab_size": vocab_size,
@@ -117,10 +81,8 @@ def main():
                     "repeats": len(values),
                 }
                 print(json.dumps(case))
-                lines.append(json.dumps(case | environment()))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.open("a", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
+                lines.append(case)
+    record.append("sampling_draw", lines)
 
 
 if __name__ == "__main__":

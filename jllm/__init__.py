@@ -33,8 +33,8 @@ from jllm.types import (
 )
 
 __all__ = [
-    "LLM",
-    "AsyncLLM",
+    "LLM",  # pyright: ignore[reportUnsupportedDunderAll]
+    "AsyncLLM",  # pyright: ignore[reportUnsupportedDunderAll]
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
@@ -50,7 +50,7 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "UnsupportedModelError",
-    "__version__",
+    "__version__",  # pyright: ignore[reportUnsupportedDunderAll]
 ]
 
 

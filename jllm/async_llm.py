@@ -147,15 +147,17 @@ class AsyncLLM:
         try:
             prepared = await self._prepare(request_id, prompt, params, priority)
             stream = await self._submit(prepared, opened)
-            while not stream.finished:
+            finished = False
+            while not finished:
                 await opened.wait()
                 output = stream.take()
                 if output is not None:
+                    finished = output.finished
                     yield output
         finally:
             del self._open[request_id]
-            if not opened.finished:
-                self._loop.abort(request_id)
+            # Nothing is left to abort, unless the reader has left early.
+            self._loop.abort(request_id)
 
     async def chat(
         self,
@@ -248,11 +250,6 @@ class _OpenRequest:
         self._news = asyncio.Event()
         self._error: EngineStoppedError | None = None
         self._is_aborted = False
-
-    @property
-    def finished(self) -> bool:
-        """Whether all its sequences have ended."""
-        return self._stream is not None and self._stream.finished
 
     def open(self, stream: RequestStream) -> None:
         """Names the stream, which an abort may have preceded."""

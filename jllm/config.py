@@ -19,7 +19,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """All options of the engine; the command line's flags are made from these fields."""
+    """All options of the engine; the command line's flags are made from the fields."""
 
     model: str | None = _option(
         None, "directory or Hugging Face id; none is the embedded model"
@@ -64,6 +64,9 @@ class EngineConfig:
     )
     tensor_parallel_size: int = _option(1, "devices that share each layer")
     data_parallel_size: int = _option(1, "independent replicas of the model")
+    compile_ahead: bool = _option(
+        True, "compile all sizes in the background; off: two sizes serve everything"
+    )
     compilation_cache_dir: str | None = _option(
         None, "folder of compiled programs; none is the user's cache folder"
     )
@@ -87,6 +90,7 @@ class EngineConfig:
             "skip_tokenizer_init",
             "enable_prefix_caching",
             "overlap",
+            "compile_ahead",
         ):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(
@@ -95,7 +99,7 @@ class EngineConfig:
         share = self.memory_utilization
         if share is not None and (
             isinstance(share, bool)
-            or not isinstance(share, (int, float))  # pyright: ignore
+            or not isinstance(share, (int, float))  # pyright: ignore[reportUnnecessaryIsInstance]
             or not 0 < share <= 1
         ):
             raise ConfigError(

@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -231,16 +231,20 @@ class LLM:
 
     def _stream(self, prepared: PreparedRequest) -> Iterator[RequestOutput]:
         with self._serve([prepared], None) as (stream,):
-            while not stream.finished:
-                self._step()
+            finished = False
+            while not finished:
+                # Another stream's step may have brought something for this one.
                 output = stream.take()
-                if output is not None:
+                if output is None:
+                    self._step()
+                else:
+                    finished = output.finished
                     yield output
 
     @contextlib.contextmanager
     def _serve(
         self, prepared: Sequence[PreparedRequest], kind: RequestOutputKind | None
-    ) -> Iterator[list[RequestStream]]:
+    ) -> Generator[list[RequestStream]]:
         """Queues requests; whatever is left of them in the end is aborted."""
         streams: list[RequestStream] = []
         try:
@@ -327,7 +331,7 @@ class _Progress:
 
 
 @contextlib.contextmanager
-def _interrupts_afterwards() -> Iterator[None]:
+def _interrupts_afterwards() -> Generator[None]:
     """Delays Ctrl-C to the end of a step, which would leave the state half updated."""
     previous = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()

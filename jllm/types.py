@@ -1,16 +1,16 @@
 """Values that cross layers: sampling parameters and request outputs.
 
 Axis letters used in annotations: `T` tokens in a step, `S` rows in a step, `R` rows of
-the table, `E` model width, `H` query heads, `K` KV heads, `D` head width, `F` MLP width,
-`V` vocabulary, `L` layers, `B` blocks in the pool, `P` places per block, `M` blocks per
-row at most, `N` any count.
+the table, `E` model width, `H` query heads, `K` KV heads, `D` head width, `F` MLP
+width, `V` vocabulary, `L` layers, `B` blocks in the pool, `P` places per block, `M`
+blocks per row at most, `N` any count.
 """
 
 import dataclasses
 import enum
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
 
 from jllm.errors import InvalidRequestError
 
@@ -64,22 +64,23 @@ def _boolean(field: str, value: Any) -> None:
 def _ids(field: str, value: Any, limit: int | None = None) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise _fail(field, value, "must be a list of token ids")
-    ids = tuple(dict.fromkeys(_integer(field, token, 0) for token in value))  # pyright: ignore
+    tokens = cast(Sequence[Any], value)
+    ids = tuple(dict.fromkeys(_integer(field, token, 0) for token in tokens))
     if limit is not None and len(ids) > limit:
         raise _fail(field, f"<{len(ids)} ids>", f"must hold at most {limit} ids")
     return ids
 
 
 def _strings(field: str, value: Any) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else value
-    if not isinstance(values, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
         raise _fail(field, value, "must be a string or a list of strings")
-    for text in values:  # pyright: ignore
+    values = (value,) if isinstance(value, str) else cast(Sequence[Any], value)
+    for text in values:
         if not isinstance(text, str):
             raise _fail(field, value, "must hold strings only")
         if not text:
             raise _fail(field, value, "must not hold an empty string")
-    return tuple(values)  # pyright: ignore
+    return tuple(values)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +157,7 @@ class SamplingParams:
             "include_stop_str_in_output",
         ):
             _boolean(field, getattr(self, field))
-        if not isinstance(self.output_kind, RequestOutputKind):  # pyright: ignore
+        if self.output_kind not in tuple(RequestOutputKind):
             raise _fail("output_kind", self.output_kind, "must be a RequestOutputKind")
         if self.stop and not self.detokenize:
             raise _fail("stop", self.stop, "needs detokenize=True")
@@ -218,15 +219,16 @@ class SamplingParams:
 
     def _check_lists(self) -> None:
         self._set(
-            stop=_strings("stop", self.stop or ()),
+            stop=_strings("stop", () if self.stop is None else self.stop),
             stop_token_ids=_ids(
                 "stop_token_ids", self.stop_token_ids or (), MAX_STOP_TOKEN_IDS
             ),
-            bad_words=_strings("bad_words", self.bad_words or ()),
         )
-        if len(self.bad_words or ()) > MAX_BAD_WORDS:
+        words = () if self.bad_words is None else self.bad_words
+        self._set(bad_words=_strings("bad_words", words))
+        if len(words) > MAX_BAD_WORDS:
             rule = f"must hold at most {MAX_BAD_WORDS} strings"
-            raise _fail("bad_words", f"<{len(self.bad_words or ())} strings>", rule)
+            raise _fail("bad_words", f"<{len(words)} strings>", rule)
         if self.allowed_token_ids is not None:
             allowed = _ids("allowed_token_ids", self.allowed_token_ids)
             if not allowed:
@@ -244,19 +246,18 @@ class SamplingParams:
             self._set(logit_bias=self._checked_bias(self.logit_bias))
 
     @staticmethod
-    def _checked_bias(bias: Any) -> dict[int, float]:
-        if not isinstance(bias, dict):
-            raise _fail("logit_bias", bias, "must map token ids to numbers")
-        if len(bias) > MAX_LOGIT_BIAS:  # pyright: ignore
+    def _checked_bias(value: Any) -> dict[int, float]:
+        if not isinstance(value, Mapping):
+            raise _fail("logit_bias", value, "must map token ids to numbers")
+        bias = cast(Mapping[Any, Any], value)
+        if len(bias) > MAX_LOGIT_BIAS:
             rule = f"must hold at most {MAX_LOGIT_BIAS} ids"
-            raise _fail("logit_bias", f"<{len(bias)} ids>", rule)  # pyright: ignore
+            raise _fail("logit_bias", f"<{len(bias)} ids>", rule)
         checked: dict[int, float] = {}
-        for key, value in bias.items():  # pyright: ignore
-            try:
-                token = int(key)  # pyright: ignore
-            except (TypeError, ValueError):
-                raise _fail("logit_bias", key, "is no token id") from None
-            _integer("logit_bias", token, 0)
+        for key, value in bias.items():
+            # JSON has only strings for keys.
+            token = int(key) if isinstance(key, str) and key.isdecimal() else key
+            token = _integer("logit_bias", token, 0)
             number = _number("logit_bias", value, -math.inf, math.inf, "must be finite")
             checked[token] = min(100.0, max(-100.0, number))
         return checked

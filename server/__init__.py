@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server; its place, still empty."""

@@ -15,7 +15,7 @@ from jllm.types import EngineRequest, SamplingParams
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 64,
+    "hidden_size": 56,
     "intermediate_size": 144,
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
@@ -30,8 +30,13 @@ LLAMA = {
     "torch_dtype": "float32",
 }
 QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_blocks": 256}
-"""Few rows and tokens, so that programs compile in a moment."""
+SMALL = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "num_blocks": 256,
+    "compile_ahead": False,
+}
+"""Few rows and tokens, and two programs, which compile in a moment."""
 
 
 def random_tensors(config, seed=0):

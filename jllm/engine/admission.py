@@ -127,7 +127,8 @@ def make_sequences(
         )
         wants_prompt = params.prompt_logprobs is not None and index == 0
         if wants_prompt:
-            job.prompt_logprobs = [None] * (len(prompt) - 1)
+            nothing: list[TokenLogprobs | None] = [None]
+            job.prompt_logprobs = nothing * (len(prompt) - 1)
         sequences.append(
             Request(
                 sequence_id=first_id + index,

@@ -25,7 +25,7 @@ from jllm.engine.programs import (
 from jllm.engine.replicas import Replicas
 from jllm.errors import ConfigError
 from jllm.models.base import Model, ModelOptions, Weights
-from jllm.models.hf_config import read_integer
+from jllm.models.hf_config import longest_context, read_integer
 from jllm.models.registry import build_model
 from jllm.sampling.rules import RuleLayout
 from jllm.scheduler.scheduler import Scheduler
@@ -79,7 +79,11 @@ def create_engine(config: EngineConfig) -> Engine | Replicas:
         ModelNotFoundError, UnsupportedModelError, CheckpointError: See `jllm.errors`.
     """
     use_compilation_cache(config.compilation_cache_dir)
-    files = resolve_model(config.model or str(DEFAULT_MODEL), revision=config.revision)
+    files = resolve_model(
+        config.model or str(DEFAULT_MODEL),
+        revision=config.revision,
+        with_weights=config.load_format != "random",
+    )
     size, replicas = config.tensor_parallel_size, config.data_parallel_size
     devices = jax.devices()
     if size * replicas > len(devices):
@@ -97,7 +101,8 @@ def create_engine(config: EngineConfig) -> Engine | Replicas:
 def use_compilation_cache(folder: str | None) -> None:
     """Keeps compiled programs on disk, unless the process has chosen a folder."""
     if folder is None:
-        if jax.config.jax_compilation_cache_dir is not None:
+        chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+        if chosen is not None:
             return
         folder = str(Path.home() / ".cache" / "jllm" / "programs")
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -116,12 +121,12 @@ def resolve_options(
         ConfigError: `max_model_len` is longer than the model's context.
     """
     is_cpu = platform == "cpu"
-    longest = read_integer(model_config, "max_position_embeddings", 2048)
+    longest = longest_context(model_config)
     max_model_len = config.max_model_len or longest
     if max_model_len > longest:
         raise ConfigError(
-            f"max_model_len={max_model_len} exceeds the model's "
-            f"max_position_embeddings={longest}"
+            f"max_model_len={max_model_len} exceeds the {longest} tokens that the "
+            "model's position embeddings reach"
         )
     max_num_seqs = config.max_num_seqs or (32 if is_cpu else 256)
     # Every running row must find room for its token in a step.
@@ -173,7 +178,7 @@ def _create_replica(
     device = mesh.devices.flat[0]
     vocab_size = read_integer(files.config, "vocab_size")
     resolved = resolve_options(config, files.config, device.platform, vocab_size)
-    capacity = device_capacity(device)
+    capacity = device_capacity(mesh)
     model = build_model(
         files.config,
         ModelOptions(
@@ -302,7 +307,8 @@ def _programs_that_fit(
         budget.weights / 2**30,
         budget.temporaries / 2**30,
     )
-    programs.compile_rest()
+    if config.compile_ahead:
+        programs.compile_rest()
     return options, programs
 
 

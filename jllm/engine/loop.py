@@ -107,7 +107,9 @@ class EngineLoop:
         """
 
         def abort() -> None:
-            unfinished = self._unfinished.get(request_id, set())
+            unfinished = self._unfinished.get(request_id)
+            if unfinished is None:
+                return
             if index is None or unfinished == {index}:
                 self._forget(request_id)
                 self._engine.abort(request_id)

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-import jax
 import psutil
+from jax.sharding import Mesh
 
 from jllm.errors import ConfigError
 
@@ -53,8 +53,9 @@ class MemoryBudget:
         return self.num_blocks
 
 
-def device_capacity(device: jax.Device) -> int:
-    """Bytes of memory that a device can still give to this process."""
+def device_capacity(mesh: Mesh) -> int:
+    """Bytes of memory that a device of the mesh can still give to this process."""
+    device = mesh.devices.flat[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

@@ -72,9 +72,7 @@ class RowTable:
         """The rows of a step; ids past the table give any row."""
         return RowTable(self.fields.at[rows].get(mode="clip"))
 
-    def put(
-        self, rows: Int[Array, " S"], values: Int[Array, "S F"]
-    ) -> "RowTable":
+    def put(self, rows: Int[Array, " S"], values: Int[Array, "S F"]) -> "RowTable":
         """Replaces rows; ids past the table, all distinct, are dropped."""
         fields = self.fields.at[rows].set(values, mode="drop", unique_indices=True)
         return RowTable(fields)

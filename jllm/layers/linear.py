@@ -19,7 +19,7 @@ def linear(
     """
     out = linear_float32(x, weight)
     if bias is not None:
-        out = out + bias.astype(jnp.float32)
+        out = out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
     return out.astype(x.dtype)
 
 

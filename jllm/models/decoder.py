@@ -21,58 +21,14 @@ from jllm.layers.embedding import embed, output_logits
 from jllm.layers.linear import linear
 from jllm.layers.mlp import gated_mlp
 from jllm.layers.norm import rms_norm
-from jllm.layers.rope import RopeConfig, apply_rope, rope_frequencies
-from jllm.models.base import (
-    Batch,
-    KVCache,
-    ModelOptions,
-    ParamSpec,
-    Part,
-    Weights,
-)
+from jllm.layers.rope import apply_rope, rope_frequencies
+from jllm.models.base import Batch, KVCache, ModelOptions, Weights
+from jllm.models.decoder_config import DecoderConfig
+from jllm.models.decoder_specs import decoder_specs
 
 VOCAB_MULTIPLE = 512
 """The vocabulary is padded to a multiple of this, whatever the number of devices, since
 a draw depends on the width of the logits."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DecoderConfig:
-    """Shape of a dense decoder.
-
-    Attributes:
-        vocab_size: Token ids.
-        width: Model width `E`.
-        num_layers: Layers `L`.
-        num_heads: Query heads `H`.
-        num_kv_heads: KV heads `K`, a divisor of `H`.
-        head_dim: Head width `D`.
-        mlp_width: MLP width `F`.
-        norm_epsilon: Added to the mean square before the root.
-        rope: Rotary position embedding.
-        max_position_embeddings: Longest context that the model was made for.
-        tie_embeddings: Whether the output head is the embedding table.
-        qkv_bias: Whether q, k and v projections have a bias.
-        out_bias: Whether the attention output projection has one.
-        mlp_bias: Whether the MLP projections have one.
-        qk_norm: Whether q and k are normalised per head before RoPE.
-    """
-
-    vocab_size: int
-    width: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_width: int
-    norm_epsilon: float
-    rope: RopeConfig
-    max_position_embeddings: int
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,110 +85,12 @@ class Decoder:
 
     def specs(self) -> dict[str, Any]:
         """The tree of `ParamSpec` from which weights are loaded."""
-        config = self.config
-        vocab = (self.padded_vocab_size, config.width)
-        norms = [
-            Part(f"model.layers.{i}.{name}.weight")
-            for i in range(config.num_layers)
-            for name in ("input_layernorm", "post_attention_layernorm")
-        ]
-        norms.append(Part("model.norm.weight"))
-        tree: dict[str, Any] = {
-            "embed": ParamSpec(
-                vocab,
-                ("vocab", None),
-                (Part("model.embed_tokens.weight"),),
-                pad_axis=0,
-            ),
-            "norms": ParamSpec(
-                (len(norms), config.width), (None, None), tuple(norms), init="ones"
-            ),
-            "layers": [self._layer_specs(i) for i in range(config.num_layers)],
-        }
-        if config.qk_norm:
-            names = [
-                Part(f"model.layers.{i}.self_attn.{name}.weight")
-                for i in range(config.num_layers)
-                for name in ("q_norm", "k_norm")
-            ]
-            shape = (len(names), config.head_dim)
-            tree["qk_norms"] = ParamSpec(shape, (None, None), tuple(names), init="ones")
-        if not config.tie_embeddings:
-            tree["head"] = ParamSpec(
-                vocab, ("vocab", None), (Part("lm_head.weight"),), pad_axis=0
-            )
-        return tree
-
-    def _layer_specs(self, layer: int) -> dict[str, ParamSpec]:
-        config, kv_heads = self.config, self.num_kv_heads
-        attention = f"model.layers.{layer}.self_attn"
-        mlp = f"model.layers.{layer}.mlp"
-        copies = kv_heads // config.num_kv_heads
-        qkv_rows = (self.group + 2) * config.head_dim
-
-        def qkv_parts(kind: str) -> tuple[Part, ...]:
-            return (
-                Part(f"{attention}.q_proj.{kind}"),
-                Part(f"{attention}.k_proj.{kind}", repeat=copies),
-                Part(f"{attention}.v_proj.{kind}", repeat=copies),
-            )
-
-        def mlp_parts(kind: str) -> tuple[Part, ...]:
-            return Part(f"{mlp}.gate_proj.{kind}"), Part(f"{mlp}.up_proj.{kind}")
-
-        heads_width = config.num_heads * config.head_dim
-        width, mlp_width = config.width, config.mlp_width
-        shards = self.options.tensor_size
-        specs = {
-            # One row group per KV head: its query heads, its key, its value. Sharding
-            # the first axis keeps each query head with its own KV head.
-            "qkv": ParamSpec(
-                (kv_heads, qkv_rows, width),
-                ("kv_heads", None, None),
-                qkv_parts("weight"),
-                concat_axis=1,
-            ),
-            "out": ParamSpec(
-                (width, heads_width),
-                (None, "heads"),
-                (Part(f"{attention}.o_proj.weight"),),
-            ),
-            # Each device's share of gate and up lies together, so that the weight is
-            # one matrix of which it holds consecutive rows.
-            "gate_up": ParamSpec(
-                (shards, 2, mlp_width // shards, width),
-                ("mlp", None, None, None),
-                mlp_parts("weight"),
-                concat_axis=1,
-            ),
-            "down": ParamSpec(
-                (width, mlp_width), (None, "mlp"), (Part(f"{mlp}.down_proj.weight"),)
-            ),
-        }
-        if config.qkv_bias:
-            specs["qkv_bias"] = ParamSpec(
-                (kv_heads, qkv_rows),
-                ("kv_heads", None),
-                qkv_parts("bias"),
-                concat_axis=1,
-                init="zeros",
-            )
-        if config.out_bias:
-            specs["out_bias"] = ParamSpec(
-                (width,), (None,), (Part(f"{attention}.o_proj.bias"),), init="zeros"
-            )
-        if config.mlp_bias:
-            specs["gate_up_bias"] = ParamSpec(
-                (shards, 2, mlp_width // shards),
-                ("mlp", None, None),
-                mlp_parts("bias"),
-                concat_axis=1,
-                init="zeros",
-            )
-            specs["down_bias"] = ParamSpec(
-                (width,), (None,), (Part(f"{mlp}.down_proj.bias"),), init="zeros"
-            )
-        return specs
+        return decoder_specs(
+            self.config,
+            num_kv_heads=self.num_kv_heads,
+            padded_vocab_size=self.padded_vocab_size,
+            num_shards=self.options.tensor_size,
+        )
 
     @property
     def kv_dtype(self) -> str:

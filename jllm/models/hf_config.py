@@ -103,3 +103,26 @@ def read_heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
             f"config.json: head width {head_dim} must be even for rotary embeddings"
         )
     return num_heads, num_kv_heads, head_dim
+
+
+STRETCHED = ("linear", "dynamic", "yarn")
+"""Kinds of RoPE scaling whose factor is not yet in max_position_embeddings."""
+
+
+def longest_context(config: Mapping[str, Any]) -> int:
+    """Most tokens that the model's position embeddings reach.
+
+    Raises:
+        UnsupportedModelError: A value is of another type or out of range.
+    """
+    longest = read_integer(config, "max_position_embeddings", 2048)
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise UnsupportedModelError(
+            f"config.json: rope scaling {scaling!r} must be an object"
+        )
+    values: Mapping[str, Any] = scaling
+    if values.get("rope_type", values.get("type")) not in STRETCHED:
+        return longest
+    trained = read_integer(values, "original_max_position_embeddings", longest)
+    return max(longest, int(trained * read_number(values, "factor", 1.0)))

@@ -8,7 +8,8 @@ from typing import Any
 
 from jllm.layers.rope import RopeConfig
 from jllm.models.base import ModelOptions
-from jllm.models.decoder import Decoder, DecoderConfig
+from jllm.models.decoder import Decoder
+from jllm.models.decoder_config import DecoderConfig
 from jllm.models.hf_config import (
     read_flag,
     read_heads,

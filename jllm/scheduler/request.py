@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from typing import Any
 
 from jllm.scheduler.prefix_cache import Prefix
 from jllm.types import FinishReason
@@ -71,7 +72,7 @@ class Request:
     adapter: str | None = None
     read_prefix_cache: bool = True
     fork_of: "Request | None" = dataclasses.field(default=None, repr=False)
-    payload: object = dataclasses.field(default=None, repr=False)
+    payload: Any = dataclasses.field(default=None, repr=False)
 
     token_ids: list[int] = dataclasses.field(init=False)
     num_computed_tokens: int = dataclasses.field(init=False, default=0)

@@ -161,7 +161,7 @@ def _check_content(where: str, content: Any) -> str:
     return "\n".join(texts)
 
 
-def _check_template_kwargs(hf: Any, kwargs: Mapping[str, Any]) -> None:
+def _check_template_kwargs(hf: Any, kwargs: Mapping[Any, Any]) -> None:
     """Refuses variables that would change how the template is run."""
     reserved = set(inspect.signature(hf.apply_chat_template).parameters)
     reserved |= {"conversations", "messages"}

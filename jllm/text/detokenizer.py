@@ -1,12 +1,11 @@
 """Tokens to text as they come, and the strings at which the text stops."""
 
+import codecs
 from collections.abc import Sequence
 
 from jllm.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
-MAX_PENDING = 4
-"""Most tokens held back for a character to be completed: UTF-8 has at most 4 bytes."""
 PROMPT_CONTEXTS = (6, 12, 24)
 """Last prompt tokens that are decoded with the first new ones; longer where a shorter
 piece starts within a character."""
@@ -38,6 +37,8 @@ class Detokenizer:
         self._context: list[int] = []
         self._context_text = ""
         self._pending: list[int] = []
+        # Only to know whether the tokens so far end within a character.
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._set_prompt(prompt_token_ids)
 
     def push(self, token_id: int) -> str:
@@ -50,21 +51,12 @@ class Detokenizer:
         if added is not None and joins:
             return self.flush() + self._set_context([token_id], added)
         self._pending.append(token_id)
-        text = self._new_text(self._pending)
-        if text and not text.endswith(REPLACEMENT):
-            return self._release(len(self._pending))
-        if len(self._pending) > MAX_PENDING:
-            # No character is that long: the oldest tokens are broken for good.
-            return self._release(len(self._pending) - MAX_PENDING + 1)
-        return ""
+        return "" if self._ends_within_character([token_id]) else self.flush()
 
     def flush(self) -> str:
         """Returns what was held back, with U+FFFD for an unfinished character."""
-        return self._release(len(self._pending))
-
-    def _release(self, count: int) -> str:
-        released = self._pending[:count]
-        del self._pending[:count]
+        released, self._pending = self._pending, []
+        self._utf8.reset()
         return self._set_context(released, self._new_text(released))
 
     def _set_context(self, token_ids: list[int], text: str) -> str:
@@ -95,9 +87,15 @@ class Detokenizer:
             self._context = kept[-size:]
             self._context_text = self._decode(self._context)
             if REPLACEMENT not in self._context_text:
-                return
-        # The output may complete the character that the prompt ends within.
-        self._context_text = self._context_text.rstrip(REPLACEMENT)
+                break
+        if self._ends_within_character(self._context):
+            # The output may complete the character, and then gives it as a whole.
+            self._context_text = self._context_text.rstrip(REPLACEMENT)
+
+    def _ends_within_character(self, new_token_ids: list[int]) -> bool:
+        for token_id in new_token_ids:
+            self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        return bool(self._utf8.getstate()[0])
 
 
 class StopStrings:

@@ -47,7 +47,7 @@ class RequestStream:
         self._metrics = RequestMetrics(arrival_time=time.monotonic())
         self._error: str | None = None
         self._finished = False
-        self._final_given = False
+        self._has_news = False
 
     @property
     def request_id(self) -> str:
@@ -86,6 +86,7 @@ class RequestStream:
         if output.prompt_logprobs is not None:
             self._set_prompt_logprobs(output.prompt_logprobs)
         sequence.push(output)
+        self._has_news = True
         self._note_end()
         return sequence.finish_reason is not None and output.finish_reason is None
 
@@ -95,20 +96,19 @@ class RequestStream:
             if not sequence.finish_reason:
                 sequence.finish("abort")
         if not self._finished:
+            self._has_news = True
             self._note_end()
 
     def take(self) -> RequestOutput | None:
         """Gives what is new, or None while there is nothing to give."""
         waits = self._kind is RequestOutputKind.FINAL_ONLY and not self._finished
-        if waits or self._final_given:
+        if waits or not self._has_news:
             return None
+        self._has_news = False
         if self._kind is RequestOutputKind.DELTA:
             outputs = [s.delta() for s in self._sequences if s.has_news]
         else:
             outputs = [s.whole() for s in self._sequences]
-        if not outputs:
-            return None
-        self._final_given = self._finished
         output = RequestOutput(
             request_id=self._request.request_id,
             prompt=self._prompt,

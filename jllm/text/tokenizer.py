@@ -116,8 +116,8 @@ class Tokenizer:
         if token is None:
             return b""
         if token_id not in self._added:
-            if "ByteLevel" in self._decoders:
-                return bytes(_BYTE_OF_CHARACTER.get(c, ord("?")) for c in token)
+            if "ByteLevel" in self._decoders and all(map(BYTES.__contains__, token)):
+                return bytes(BYTES[character] for character in token)
             is_byte = len(token) == 6 and token.startswith("<0x")
             if "ByteFallback" in self._decoders and is_byte:
                 return bytes([int(token[3:5], 16)])
@@ -178,4 +178,5 @@ def _byte_characters() -> dict[str, int]:
     return table | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF_CHARACTER = _byte_characters()
+BYTES = _byte_characters()
+"""Byte-level character to the byte it stands for."""

@@ -14,10 +14,7 @@ def kv_write_reference(
 ) -> Shaped[Array, "B 2 K P D"]:
     """Scatters one [2, K, D] slice per token; see `api.kv_write`."""
     num_blocks, block_size = kv.shape[0], kv.shape[3]
-    new = jnp.stack([keys, values], axis=1)  # [T, 2, K, D]
-    if kv.dtype == jnp.uint16:
-        new = jax.lax.bitcast_convert_type(new, jnp.uint16)
-    new = new.astype(kv.dtype)
+    new = as_slices(keys, values, kv.dtype)
     if new.shape[0] == 1:
         # XLA turns a scatter of one slice into a dynamic update, fuses that into the
         # reads that follow, and then has to copy the pool. So a second slice is added,
@@ -28,6 +25,16 @@ def kv_write_reference(
     return kv.at[slots // block_size, :, :, slots % block_size].set(
         new, mode="drop", unique_indices=True
     )
+
+
+def as_slices(
+    keys: Float[Array, "T K D"], values: Float[Array, "T K D"], dtype: jnp.dtype
+) -> Shaped[Array, "T 2 K D"]:
+    """What the pool holds of each token: key and value in its type."""
+    new = jnp.stack([keys, values], axis=1)
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(new, jnp.uint16)
+    return new.astype(dtype)
 
 
 def copy_blocks_reference(

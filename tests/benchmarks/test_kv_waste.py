@@ -33,13 +33,14 @@ def test_waste_is_counted_exactly():
 
 
 def test_a_trace_is_read_and_the_figures_are_kept(tmp_path, monkeypatch, capsys):
-    trace, results = tmp_path / "trace.csv", tmp_path / "results" / "waste.jsonl"
+    trace, results = tmp_path / "trace.csv", tmp_path / "results"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nx,374,44\ny,396,109\n")
     arguments = ["--trace", str(trace), "--results", str(results)]
     monkeypatch.setattr(sys, "argv", ["kv_waste", *arguments])
     kv_waste.main()
     kv_waste.main()
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    text = (results / "kv_waste.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     assert [line["requests"] for line in lines] == [2, 2]
     assert lines[0]["workload"] == "trace.csv"
     assert {"date", "commit", "machine", "python", "config"} <= lines[0].keys()

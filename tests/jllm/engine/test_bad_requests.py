@@ -91,7 +91,7 @@ def test_a_request_that_can_never_fit_is_refused():
         ({"logprobs": -2}, "logprobs"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {1: math.nan}}, "logit_bias"),
-        ({"logit_bias": {i: 1.0 for i in range(1025)}}, "logit_bias"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"logprob_token_ids": list(range(129))}, "logprob_token_ids"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),

@@ -75,7 +75,9 @@ def test_nothing_compiles_in_a_thousand_mixed_steps(engine):
     rng = np.random.default_rng(1)
     steps, added = 0, 0
     while steps < 1000:
-        while len(engine.scheduler.running) < rng.integers(1, 9) and engine.num_open < 9:
+        while (
+            len(engine.scheduler.running) < rng.integers(1, 9) and engine.num_open < 9
+        ):
             prompt = rng.integers(3, 331, rng.integers(1, 150))
             extra = {} if rng.random() < 0.5 else EXTRAS[rng.integers(len(EXTRAS))]
             options = {"max_tokens": int(rng.integers(4, 30)), **extra}
@@ -111,7 +113,9 @@ def test_a_step_is_launched_before_the_last_ones_tokens_are_read(monkeypatch):
     events = []
     launch, collect = engine._launch, engine._collect
     monkeypatch.setattr(
-        engine, "_launch", lambda plan: events.append(("launch", plan.step)) or launch(plan)
+        engine,
+        "_launch",
+        lambda plan: events.append(("launch", plan.step)) or launch(plan),
     )
     monkeypatch.setattr(
         engine,
@@ -174,4 +178,3 @@ def test_no_program_copies_the_pool_or_a_weight(dtype):
         temporaries = program.memory_analysis().temp_size_in_bytes
         assert temporaries < pool_bytes / 8, (kind, size)
     engine.close()
-

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from jllm.layers.batch import Batch
-from tests.engines import LLAMA, QWEN3, drain, make_engine, request, run, shared_engine, tokens_of
+from tests.engines import (
+    LLAMA,
+    QWEN3,
+    drain,
+    make_engine,
+    request,
+    run,
+    shared_engine,
+    tokens_of,
+)
 
 PARAMS = [
     {"temperature": 0},
@@ -104,7 +113,9 @@ def test_with_a_prefix_hit(alone):
     engine = make_engine()
     for _ in range(2):
         for item in workload(6):
-            assert run(engine, [item])[(item.request_id, 0)] == alone[(item.request_id, 0)]
+            assert (
+                run(engine, [item])[(item.request_id, 0)] == alone[(item.request_id, 0)]
+            )
     assert engine.scheduler.num_prefix_hits > 100
     engine.close()
 

@@ -137,11 +137,10 @@ def mixed_batch():
     return specs, logits
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_rows_do_not_see_each_other(method, make_rows, make_history, make_rules):
+def test_rows_do_not_see_each_other(make_rows, make_history, make_rules):
     specs, logits = mixed_batch()
-    run = jax.jit(partial(sample, num_logprobs=TOP, method=method))
-    plain = jax.jit(partial(draw, method=method))
+    run = jax.jit(partial(sample, num_logprobs=TOP))
+    plain = jax.jit(draw)
     positions = range(1000, 1008)
 
     def tokens(rows):
