@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -80,6 +81,20 @@ class LLM:
     def max_model_len(self) -> int:
         """Most tokens of a prompt and its output together."""
         return self._engine.limits.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._engine.limits.vocab_size
+
+    @property
+    def model_path(self) -> Path:
+        """Folder of the checkpoint."""
+        return self._engine.info.path
+
+    def wait_until_compiled(self) -> None:
+        """Returns when the programs of all sizes are compiled; then nothing is."""
+        self._engine.wait_until_compiled()
 
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer.

@@ -184,6 +184,7 @@ def _create_replica(
         ModelOptions(
             dtype=resolved.dtype,
             kv_dtype=resolved.kv_dtype,
+            kv_width_multiple=128 if device.platform == "tpu" else 1,
             max_model_len=resolved.max_model_len,
             attention=config.attention,
             mesh=mesh if mesh.size > 1 else None,

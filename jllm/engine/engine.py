@@ -209,6 +209,10 @@ class Engine:
             self._in_flight = None
         return outputs
 
+    def wait_until_compiled(self) -> None:
+        """Returns when the programs of all sizes are compiled."""
+        self._parts.programs.wait()
+
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prefixes; False while requests are running."""
         return self._scheduler.reset_prefix_cache()

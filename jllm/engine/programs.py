@@ -7,7 +7,7 @@ in threads; a step always takes the smallest program that is ready and large eno
 import dataclasses
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from jllm.engine.background import BackgroundWork
 from jllm.engine.inputs import InputLayout
 from jllm.engine.state import NUM_FIELDS, EngineState, RowTable
 from jllm.engine.steps import (
@@ -27,6 +28,10 @@ from jllm.engine.steps import (
 from jllm.layers.attention import KV_HEADS
 from jllm.models.base import Model, Weights
 from jllm.sampling.draws import DrawMethod
+from jllm.sampling.logprobs import PROMPT_CHUNK
+
+LOGITS_COPIES = 6
+"""Arrays of the size of the logits that the sampler programs hold at once, at most."""
 
 Compiled = Any
 """A compiled program, called with the arrays it was compiled for."""
@@ -233,6 +238,13 @@ class ProgramBuilder:
         return jitted.lower(*arguments).compile()
 
 
+def fresh_bytes(program: Compiled) -> int:
+    """Scratch memory of a program and its results that replace no argument."""
+    analysis = program.memory_analysis()
+    fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.temp_size_in_bytes + max(0, fresh)
+
+
 class Programs:
     """The programs of one engine, compiled in the background.
 
@@ -245,7 +257,7 @@ class Programs:
         self._builder, self._options = builder, options
         self._lock = threading.Lock()
         self._futures: dict[tuple[str, int], Future[Compiled]] = {}
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="jllm-compile")
+        self._background = BackgroundWork(2, "jllm-compile")
 
     def compile_first(self) -> None:
         """Compiles the two programs with which every step can run."""
@@ -305,15 +317,20 @@ class Programs:
         ).result()
 
     def temporary_bytes(self) -> int:
-        """Scratch memory and results of the largest program, per device."""
+        """Scratch memory and results of the largest program, per device.
+
+        That is the largest prefill, or one that looks at whole rows of logits; these
+        are compiled later, hence estimated.
+        """
         _, program = self.largest_prefill()
-        analysis = program.memory_analysis()
-        fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        return analysis.temp_size_in_bytes + max(0, fresh)
+        logits = self._builder.result(self._options.table_rows).logits
+        shard = logits.sharding.shard_shape(logits.shape)
+        rows = max(shard[0], PROMPT_CHUNK)
+        return max(fresh_bytes(program), LOGITS_COPIES * 4 * rows * shard[1])
 
     def close(self) -> None:
         """Drops what is not being compiled yet and waits for the rest."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._background.close()
 
     def _layout_and_program(self, kind: str, size: int) -> tuple[InputLayout, Compiled]:
         layout = self._options.layout(kind, size)
@@ -326,7 +343,7 @@ class Programs:
     def _submit(self, key: tuple[str, int]) -> Future[Compiled]:
         with self._lock:
             if key not in self._futures:
-                self._futures[key] = self._pool.submit(self._build, key)
+                self._futures[key] = self._background.submit(partial(self._build, key))
             return self._futures[key]
 
     def _build(self, key: tuple[str, int]) -> Compiled:

@@ -69,6 +69,11 @@ class Replicas:
                 del self._owner[output.request_id]
         return outputs
 
+    def wait_until_compiled(self) -> None:
+        """Returns when the programs of all replicas are compiled."""
+        for engine in self._engines:
+            engine.wait_until_compiled()
+
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prefixes of all replicas."""
         results = [engine.reset_prefix_cache() for engine in self._engines]

@@ -7,6 +7,7 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int, Shaped
@@ -39,11 +40,14 @@ def cached_attention(
     q: Float[Array, "T H D"],
     keys: Float[Array, "T K D"],
     values: Float[Array, "T K D"],
-    kv: Shaped[Array, "B 2 K P D"],
+    kv: Shaped[Array, "B 2 K P W"],
     batch: Batch,
     options: AttentionOptions,
-) -> tuple[Float[Array, "T H D"], Shaped[Array, "B 2 K P D"]]:
-    """Writes the new keys and values, then attends to all cached tokens."""
+) -> tuple[Float[Array, "T H D"], Shaped[Array, "B 2 K P W"]]:
+    """Writes the new keys and values, then attends to all cached tokens.
+
+    The pool's heads may be wider than the model's: what is beyond stays zero.
+    """
     local = partial(_write_and_attend, options=options)
     if options.mesh is not None:
         local = jax.shard_map(
@@ -65,6 +69,8 @@ def _write_and_attend(
     *,
     options: AttentionOptions,
 ) -> tuple[Array, Array]:
+    head_dim, width = q.shape[-1], kv.shape[-1]
+    q, keys, values = (_widen(x, width) for x in (q, keys, values))
     # Write first: from here on only the new pool is used, so that it is updated in
     # place, and the kernels find cached and new tokens in one place.
     kv = kv_write(kv, keys, values, batch.slots)
@@ -88,7 +94,12 @@ def _write_and_attend(
             scale=options.scale,
             implementation=options.implementation,
         )
-    return out, kv
+    return out[:, :, :head_dim], kv
+
+
+def _widen(x: Float[Array, "T N D"], width: int) -> Float[Array, "T N W"]:
+    missing = width - x.shape[-1]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, missing))) if missing else x
 
 
 def copy_cache_blocks(

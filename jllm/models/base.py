@@ -99,6 +99,8 @@ class ModelOptions:
         dtype: Type of weights and activations.
         kv_dtype: Type of the KV pool, None for `dtype`; "uint16" holds the bits of a
             16-bit `dtype`, which XLA's CPU backend could not update in place.
+        kv_width_multiple: The heads of the KV pool are padded to a multiple of this
+            width; 128 on a TPU, whose registers are that wide.
         max_model_len: Longest context; scalings of RoPE that depend on it are fixed.
         attention: Attention implementation; a forced one never falls back.
         mesh: Devices that share each layer, None for a single one.
@@ -106,6 +108,7 @@ class ModelOptions:
 
     dtype: str = "float32"
     kv_dtype: str | None = None
+    kv_width_multiple: int = 1
     max_model_len: int = 2048
     attention: Literal["auto", "reference", "blocked"] = "auto"
     mesh: Mesh | None = None
@@ -150,7 +153,7 @@ class Model(Protocol):
         ...
 
     def kv_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        """Shape `(B, 2, K, P, D)` of one layer's pool."""
+        """Shape `(B, 2, K, P, D)` of one layer's pool, `D` perhaps padded."""
         ...
 
     def init_kv(self, num_blocks: int, block_size: int) -> KVCache:

@@ -98,8 +98,10 @@ class Decoder:
         return self.options.kv_dtype or self.options.dtype
 
     def kv_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        """Shape `(B, 2, K, P, D)` of one layer's pool."""
-        return (num_blocks, 2, self.num_kv_heads, block_size, self.config.head_dim)
+        """Shape `(B, 2, K, P, D)` of one layer's pool, `D` perhaps padded."""
+        multiple = self.options.kv_width_multiple
+        width = -(-self.config.head_dim // multiple) * multiple
+        return (num_blocks, 2, self.num_kv_heads, block_size, width)
 
     def init_kv(self, num_blocks: int, block_size: int) -> KVCache:
         """An empty cache: zeros, since a NaN in an unused place would spread."""

@@ -17,6 +17,10 @@ FINITE = 1
 """Flag of a row whose logits are all finite but for the padded ids."""
 
 
+PROMPT_CHUNK = 64
+"""Positions whose logits are in memory at once when a prompt is scored."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ResultLayout:
     """Where each value lies in a packed int32 row; floats are there by their bits.
@@ -110,7 +114,7 @@ def prompt_logprobs(
     targets: Int[Array, " T"],
     logits_fn: Callable[[Float[Array, "N E"]], Float[Array, "N V"]],
     num_logprobs: int,
-    chunk: int = 64,
+    chunk: int = PROMPT_CHUNK,
 ) -> Int[Array, "T W"]:
     """Scores the token that follows each position, a chunk of positions at a time.
 

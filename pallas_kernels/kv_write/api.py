@@ -1,11 +1,9 @@
 """The public operations: contracts and checks."""
 
-import jax
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.kv_write.reference import copy_blocks_reference, kv_write_reference
-from pallas_kernels.kv_write.tpu import kv_write_tpu
 
 
 def kv_write(
@@ -33,9 +31,7 @@ def kv_write(
         raise ValueError(f"keys {keys.shape} do not fit the pool {kv.shape}")
     if kv.dtype == "uint16" and keys.dtype.itemsize != 2:
         raise ValueError(f"a pool of uint16 cannot hold the bits of {keys.dtype}")
-    return jax.lax.platform_dependent(
-        kv, keys, values, slots, tpu=kv_write_tpu, default=kv_write_reference
-    )
+    return kv_write_reference(kv, keys, values, slots)
 
 
 def copy_blocks(

@@ -12,29 +12,25 @@ def kv_write_reference(
     values: Float[Array, "T K D"],
     slots: Int[Array, " T"],
 ) -> Shaped[Array, "B 2 K P D"]:
-    """Scatters one [2, K, D] slice per token; see `api.kv_write`."""
-    num_blocks, block_size = kv.shape[0], kv.shape[3]
-    new = as_slices(keys, values, kv.dtype)
-    if new.shape[0] == 1:
-        # XLA turns a scatter of one slice into a dynamic update, fuses that into the
-        # reads that follow, and then has to copy the pool. So a second slice is added,
-        # outside the pool.
-        new = jnp.concatenate([new, new])
-        past = jnp.full(1, num_blocks * block_size, slots.dtype)
-        slots = jnp.concatenate([slots, jnp.maximum(slots + 1, past)])
-    return kv.at[slots // block_size, :, :, slots % block_size].set(
-        new, mode="drop", unique_indices=True
+    """Scatters one [D] row per token and head; see `api.kv_write`.
+
+    To the scatter the pool is a matrix of such rows. XLA's TPU compiler would give the
+    operand of a scatter of [2, K, D] slices a layout of its own and copy the whole pool
+    there and back; and any backend may turn a scatter of a single slice into a dynamic
+    update that it fuses into later reads, and then has to copy the pool.
+    """
+    num_blocks, _, num_kv_heads, block_size, head_dim = kv.shape
+    new = jnp.stack([keys, values], axis=1)  # [T, 2, K, D]
+    if kv.dtype == jnp.uint16:
+        new = jax.lax.bitcast_convert_type(new, jnp.uint16)
+    heads = jnp.arange(2 * num_kv_heads, dtype=slots.dtype)
+    runs = (slots // block_size)[:, None] * heads.size + heads[None, :]
+    rows = runs * block_size + (slots % block_size)[:, None]
+    matrix = kv.reshape(num_blocks * heads.size * block_size, head_dim)
+    matrix = matrix.at[rows.reshape(-1)].set(
+        new.reshape(-1, head_dim).astype(kv.dtype), mode="drop", unique_indices=True
     )
-
-
-def as_slices(
-    keys: Float[Array, "T K D"], values: Float[Array, "T K D"], dtype: jnp.dtype
-) -> Shaped[Array, "T 2 K D"]:
-    """What the pool holds of each token: key and value in its type."""
-    new = jnp.stack([keys, values], axis=1)
-    if dtype == jnp.uint16:
-        return jax.lax.bitcast_convert_type(new, jnp.uint16)
-    return new.astype(dtype)
+    return matrix.reshape(kv.shape)
 
 
 def copy_blocks_reference(

@@ -1,10 +1,11 @@
 """Compiles the engine's programs for an accelerator that is not there.
 
-    python -m tests.aot.compile_steps gpu|tpu [--devices N] [--programs decode,...]
-        [--record] [--dump FOLDER]
+    python -m tests.aot.compile_steps gpu|tpu [--programs decode ...] [--record]
+        [--dump FOLDER]
 
 One line of JSON per program: what XLA made of it. Needs the compilers of the extra
-`aot`, no device. `--record` also appends the lines to benchmarks/results.
+`aot`, no device. `--record` also appends the lines to benchmarks/results, `--dump`
+keeps the text of the programs.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import pathlib
 import subprocess
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,6 @@ MODEL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
-    "head_dim": 128,
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
     "rms_norm_eps": 1e-6,
@@ -61,7 +62,22 @@ MAX_MODEL_LEN = 8192
 # elements as a weight.
 NUM_ROWS = 40
 NUM_TOKENS = 1280
-PROGRAMS = ("decode", "prefill", "sampler", "prompt_logprobs")
+
+
+class Case(NamedTuple):
+    """Devices that share each layer, head width, and what is compiled for them."""
+
+    num_devices: int
+    head_dim: int
+    programs: tuple[str, ...]
+
+
+ALL = ("decode", "prefill", "sampler", "prompt_logprobs")
+CASES = {
+    "gpu": (Case(1, 128, ALL), Case(4, 128, ALL)),
+    # Heads narrower than a register are padded in the pool.
+    "tpu": (Case(1, 128, ALL), Case(4, 128, ALL), Case(1, 64, ("decode",))),
+}
 
 
 def target_devices(platform):
@@ -109,29 +125,26 @@ def describe_weights(model, mesh):
 
 
 class Target:
-    """The programs of one model on some devices.
+    """The programs of one model on some devices of a platform, gpu or tpu."""
 
-    Args:
-        platform: gpu or tpu.
-        num_devices: How many share each layer.
-    """
-
-    def __init__(self, platform, num_devices):
-        devices = target_devices(platform)
+    def __init__(self, platform, devices, case):
+        num_devices, head_dim, _ = case
         mesh = make_mesh(tensor=num_devices, devices=devices)
         options = ModelOptions(
             dtype="bfloat16",
+            kv_width_multiple=128 if platform == "tpu" else 1,
             max_model_len=MAX_MODEL_LEN,
             mesh=mesh if num_devices > 1 else None,
         )
-        model = build_model(MODEL, options)
+        model = build_model({**MODEL, "head_dim": head_dim}, options)
         place = NamedSharding(mesh, PartitionSpec())
+        self._vocab_size = model.padded_vocab_size
         self.options = program_options(platform, model)
         self.state = jax.tree.leaves(describe_state(model, self.options, place))
         self.weights = describe_weights(model, mesh)
         self._builder = ProgramBuilder(model, self.options, self.weights, place)
         self._facts = {"platform": platform, "device": DEVICE_NAMES[platform]}
-        self._facts |= {"num_devices": num_devices}
+        self._facts |= {"num_devices": num_devices, "head_dim": head_dim}
 
     def compile(self, program):
         """A compiled program."""
@@ -149,7 +162,8 @@ class Target:
         seconds = time.perf_counter() - start
         memory, text = compiled.memory_analysis(), compiled.as_text()
         if dump is not None:
-            (dump / f"{program}.hlo").write_text(text)
+            name = "-".join([*map(str, self._facts.values()), program])
+            (dump / f"{name}.hlo".replace(" ", "_")).write_text(text)
         pool = local_size(self.state[0])
         matrices = [leaf for leaf in jax.tree.leaves(self.weights) if is_matrix(leaf)]
         sizes = {pool, *(local_size(leaf) for leaf in matrices)}
@@ -160,6 +174,7 @@ class Target:
             "temporary_bytes": memory.temp_size_in_bytes,
             "aliased_bytes": memory.alias_size_in_bytes,
             "pool_bytes": sum(local_bytes(leaf) for leaf in self.state[:-3]),
+            "logits_bytes": 4 * NUM_ROWS * self._vocab_size,
             "state_bytes": sum(local_bytes(leaf) for leaf in self.state),
             "state_leaves": len(self.state),
             "aliased_leaves": len(hlo.aliased_parameters(text)),
@@ -198,34 +213,44 @@ def provenance():
         return result.stdout.strip()
 
     changed = git("status", "--porcelain", "--", "jllm", "pallas_kernels", "shardings")
-    packages = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
-    versions = {
-        name.replace("-", "_"): importlib.metadata.version(name) for name in packages
-    }
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    compilers = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt")
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "commit": git("rev-parse", "HEAD") + ("+changes" if changed else ""),
-        **versions,
+        **{name: installed.get(name) for name in compilers},
     }
+
+
+def record(report):
+    """Appends a line to the results, the exchanges between devices summed up."""
+    sent = {}
+    for opcode, size in report["collectives"]:
+        count, total = sent.get(opcode, (0, 0))
+        sent[opcode] = (count + 1, total + size)
+    with RESULTS.open("a") as file:
+        line = {**report, "collectives": sent, **provenance()}
+        file.write(json.dumps(line) + "\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("platform", choices=DEVICE_NAMES)
-    parser.add_argument("--devices", type=int, nargs="+", default=[1])
-    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
+    parser.add_argument("platform", choices=CASES)
+    parser.add_argument("--programs", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--dump", type=pathlib.Path)
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    for num_devices in arguments.devices:
-        target = Target(arguments.platform, num_devices)
-        for program in arguments.programs:
+    devices = target_devices(arguments.platform)
+    for case in CASES[arguments.platform]:
+        target = Target(arguments.platform, devices, case)
+        for program in case.programs:
+            if program not in arguments.programs:
+                continue
             report = target.report(program, arguments.dump)
             print(json.dumps(report), flush=True)
             if arguments.record:
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps({**report, **provenance()}) + "\n")
+                record(report)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ class Instruction:
     @property
     def bytes(self):
         """Bytes of all arrays of the result."""
-        return sum(math.prod(dims) * BYTES.get(kind, 0) for kind, dims, _ in self.arrays)
+        return sum(
+            math.prod(dims) * BYTES.get(kind, 0) for kind, dims, _ in self.arrays
+        )
 
     @property
     def shape(self):

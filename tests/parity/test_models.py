@@ -21,7 +21,14 @@ from jllm.weights.random import random_weights
 from jllm.weights.tensors import find_tensors
 from shardings.mesh import make_mesh
 from shardings.place import tree_shardings
-from tests.parity.oracle import FAMILIES, TOLERANCE, checkpoint, load, random_prompt
+from tests.parity.oracle import (
+    FAMILIES,
+    TOLERANCE,
+    VOCAB,
+    checkpoint,
+    load,
+    random_prompt,
+)
 
 LENGTH = 40
 PIECES = {"whole": [40], "chunked": [23, 17], "decode": [30] + [1] * 10}
@@ -39,6 +46,7 @@ HEADS = [
     ("qwen3", 128, 4, 1),
     ("qwen3", 256, 2, 2),
 ]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 SHAPES = {
     "llama": {"family": "llama"},
     "llama-tied": {"family": "llama", "tie_word_embeddings": True},
@@ -48,6 +56,7 @@ SHAPES = {
     "llama-sharded": {"family": "llama", "shard_size": "100KB"},
     "qwen3": {"family": "qwen3"},
     "qwen3-tied": {"family": "qwen3", "tie_word_embeddings": True},
+    "qwen3-yarn": {"family": "qwen3", "rope_parameters": {"rope_theta": 500.0, **YARN}},
     "qwen3-bias": {"family": "qwen3", "attention_bias": True},
     "qwen3-sharded": {"family": "qwen3", "shard_size": "100KB"},
 } | {
@@ -65,7 +74,6 @@ LONG_FACTORS = {
     "short_factor": [1.2 + 0.1 * i for i in range(8)],
     "long_factor": [2.0 + 0.5 * i for i in range(8)],
 }
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 ROPE = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 2.5},
@@ -154,10 +162,9 @@ def network(folder, dtype="float32", max_model_len=LENGTH):
 
 def vocabulary(logits):
     """The scores without padding, which must be impossible to draw."""
-    vocab = 331
     assert logits.shape[1] == 512
-    assert np.all(np.isneginf(logits[:, vocab:]))
-    return logits[:, :vocab]
+    assert np.all(np.isneginf(logits[:, VOCAB:]))
+    return logits[:, :VOCAB]
 
 
 @pytest.mark.parametrize("pieces", PIECES)

@@ -1,6 +1,10 @@
 """What a step costs, counted: dispatches, copies, compilations, programs, addresses."""
 
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -178,3 +182,26 @@ def test_no_program_copies_the_pool_or_a_weight(dtype):
         temporaries = program.memory_analysis().temp_size_in_bytes
         assert temporaries < pool_bytes / 8, (kind, size)
     engine.close()
+
+
+def test_a_script_that_does_not_close_the_engine_ends_at_once():
+    """The interpreter waits for compilations that run, not for those in the queue."""
+    script = (
+        "import atexit\n"
+        "from tests.engines import make_engine\n"
+        "engine = make_engine(compile_ahead=True, max_num_seqs=31)\n"
+        "def report():\n"
+        "    futures = engine.programs._futures.values()\n"
+        "    print(sum(not f.done() for f in futures))\n"
+        "atexit.register(report)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        cwd=pathlib.Path(__file__).parents[3],
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+    )
+    assert int(result.stdout) > 0

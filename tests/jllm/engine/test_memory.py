@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from jllm.engine.memory import MemoryBudget
+from jllm.engine.programs import fresh_bytes
 from jllm.errors import ConfigError
 from tests.engines import LLAMA, make_engine
 
@@ -40,7 +41,7 @@ def test_nothing_fits():
 def test_the_engine_prints_gib_and_tokens_and_its_pool_is_that_large(caplog):
     with caplog.at_level(logging.INFO, "jllm"):
         engine = make_engine(num_blocks=None)
-    blocks = engine.scheduler.config.num_blocks
+    blocks = engine._parts.options.num_blocks
     assert blocks == 65536 // 16
     assert engine.state.kv[0].shape[0] == blocks
     assert f"{blocks} blocks of 16 tokens, 65536 tokens" in caplog.text
@@ -48,10 +49,18 @@ def test_the_engine_prints_gib_and_tokens_and_its_pool_is_that_large(caplog):
     engine.close()
 
 
+def test_every_program_stays_within_what_was_reserved():
+    engine = make_engine({**LLAMA, "vocab_size": 8000})
+    reserved = engine.programs.temporary_bytes()
+    for key in engine.programs.all_keys():
+        assert fresh_bytes(engine.programs.get(*key)) <= reserved, key
+    engine.close()
+
+
 def test_a_pool_that_does_not_fit_is_made_smaller(monkeypatch):
     monkeypatch.setattr("jllm.engine.create.device_capacity", lambda _: 8 * 2**20)
     engine = make_engine(num_blocks=None, memory_utilization=0.9)
-    num_blocks = engine.scheduler.config.num_blocks
+    num_blocks = engine._parts.options.num_blocks
     assert 10 < num_blocks < 65536 // 16
     leaf = engine.state.kv[0]
     assert leaf.nbytes * LLAMA["num_hidden_layers"] < 0.9 * 8 * 2**20

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import paged_attention
+from pallas_kernels.common import attention as common
+from pallas_kernels.common.attention import load_blocks
 from pallas_kernels.common.cases import AttentionCase, make_problem, solve
 from pallas_kernels.paged_attention.cases import CASES
 
@@ -72,3 +74,21 @@ def test_wrong_shapes_are_named(q, kv, word):
         inspect.unwrap(paged_attention)(
             jnp.zeros(q), jnp.zeros(kv), tables, lengths, scale=1.0
         )
+
+
+def test_work_follows_the_live_tokens_not_the_capacity(monkeypatch):
+    """Counts the chunks of keys that are loaded."""
+    loaded = []
+
+    def count(kv, blocks, first_position, limit, dtype):
+        jax.debug.callback(lambda first: loaded.append(int(first)), first_position)
+        return load_blocks(kv, blocks, first_position, limit, dtype)
+
+    monkeypatch.setattr(common, "load_blocks", count)
+    lengths = jnp.array([0, 5, 300, 256], jnp.int32)
+    tables = jnp.zeros((4, 512), jnp.int32)  # a capacity of 8192 tokens per row
+    kv, q = jnp.zeros((1, 2, 1, 16, 8)), jnp.zeros((4, 2, 8))
+    paged_attention(q, kv, tables, lengths, scale=1.0).block_until_ready()
+    jax.effects_barrier()
+    # Chunks of 256 keys: none, one, two and one.
+    assert sorted(loaded) == [0, 0, 0, 256]
