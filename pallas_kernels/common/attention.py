@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
-
 Implementation = Literal["auto", "reference", "blocked"]
 
 MASKED = -1e30

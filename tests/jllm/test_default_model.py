@@ -21,7 +21,7 @@ FILES = {
     "tokenizer_config.json",
 }
 MAX_BYTES = 4_000_000
-SAMPLES = 32
+SAMPLES = 12
 GREEDY = "PLACEHOLDER"
 """What follows "Once upon a time"; changes only when the model is trained anew."""
 
