@@ -78,8 +78,36 @@ def sampling_draw() -> str:
     )
 
 
+def aot_steps() -> str:
+    """What the compilers of devices that are not here make of the steps."""
+    rows = latest(
+        record.read("aot_steps"), "device", "num_devices", "head_dim", "program"
+    )
+    return markdown(
+        [
+            "device",
+            "devices",
+            "head width",
+            "program",
+            "MB of pool",
+            "MB of temporaries",
+        ],
+        [
+            [
+                row["device"],
+                row["num_devices"],
+                row["head_dim"],
+                row["program"],
+                f"{row['pool_bytes'] / 1e6:,.0f}",
+                f"{row['temporary_bytes'] / 1e6:,.1f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (kv_waste, offline, sampling_draw)
+    table.__name__: table for table in (aot_steps, kv_waste, offline, sampling_draw)
 }
 
 

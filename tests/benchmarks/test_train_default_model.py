@@ -115,6 +115,7 @@ def test_a_packed_loss_is_the_sum_of_the_documents_alone(network):
     np.testing.assert_allclose(loss(group), sum(alone), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(network):
     model, weights, _ = network
     recipe = script.Recipe(steps=15, warmup_steps=2, matrix_rate=5e-2, adam_rate=2e-2)
