@@ -2,8 +2,8 @@
 
 The text comes from the grammar beside this file. The network is trained through jllm's
 own `forward`: a step is one packed batch in which every document is a row of its own,
-as in the engine. Needs optax (`pip install 'jllm[train]'`) and about half an hour on two CPU
-cores; run it from the root of the repository:
+as in the engine. Needs optax (`pip install 'jllm[train]'`) and some ten minutes to
+half an hour on two CPU cores; run it from the root of the repository:
 
     python -m benchmarks.train_default_model --output jllm/default_model
 """
@@ -462,10 +462,11 @@ peak rates {rate:g} and {adam_rate:g}, seed {seed} |
 `python -m benchmarks.train_default_model` makes it again, training through jllm's own
 `forward`.
 
-A story begins at an empty prompt or goes on from a beginning such as "Once upon a time"
-or "One day, a little fox". Through the chat template it answers a request such as "Tell
-me a story about a dog." with a story. System messages are left out. A temperature of 0.7
-is a good choice. It follows no other instructions, and what it writes is no fact.
+A story begins at an empty prompt or goes on from a beginning such as "Once upon a
+time" or "One day, a little fox". Through the chat template it answers a request such
+as "Tell me a story about a dog." with a story. System messages are left out. A
+temperature of 0.7 is a good choice. It follows no other instructions, and what it
+writes is no fact.
 
 Known limits: most sentences are grammatical and a plot is told in order, but the names,
 pronouns and objects of a story change on the way, and an answer seldom has the hero that
