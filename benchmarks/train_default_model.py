@@ -468,10 +468,10 @@ as "Tell me a story about a dog." with a story. System messages are left out. A
 temperature of 0.7 is a good choice. It follows no other instructions, and what it
 writes is no fact.
 
-Known limits: most sentences are grammatical and a plot is told in order, but the names,
-pronouns and objects of a story change on the way, and an answer seldom has the hero that
-was asked for. The model has not learned to copy from its context; tests expect both to
-fail until it has.
+Known limits: most sentences are grammatical and a plot is told in order, but the
+names, pronouns and objects of a story change on the way, and an answer seldom has the
+hero that was asked for. The model has not learned to copy from its context; tests
+expect both to fail until it has.
 """
 
 
