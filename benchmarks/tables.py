@@ -52,14 +52,14 @@ def offline() -> str:
     """Offline throughput beside transformers."""
     rows = latest(record.read("offline"), "model", "engine", "requests")
     return markdown(
-        ["model", "requests", "engine", "output tokens/s", "jllm is faster by"],
+        ["model", "requests", "engine", "output tokens/s", "jllm, of its rate"],
         [
             [
                 row["model"],
                 row["requests"],
                 row["engine"],
                 f"{row['tokens_per_second']:,.0f}",
-                "" if row["engine"] == "jllm" else f"{row['jllm_is_faster_by']:.1f} x",
+                "" if row["engine"] == "jllm" else f"{row['jllm_is_faster_by']:.2f} x",
             ]
             for row in rows
         ],
