@@ -1,6 +1,7 @@
 """Text to token ids and back, by the tokenizer files of a checkpoint."""
 
 import json
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,6 +136,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         CheckpointError: A file is missing or broken; names it.
     """
+    # At import it advises to install PyTorch, which is not wanted here.
+    logging.getLogger("transformers").addFilter(_is_not_about_torch)
     import transformers
 
     try:
@@ -145,6 +148,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:
         raise CheckpointError(_what_is_wrong(path, error)) from error
     return Tokenizer(hf)
+
+
+def _is_not_about_torch(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("PyTorch was not found")
 
 
 def _what_is_wrong(path: Path, error: Exception) -> str:
