@@ -2,8 +2,8 @@
 
 The text comes from the grammar beside this file. The network is trained through jllm's
 own `forward`: a step is one packed batch in which every document is a row of its own,
-as in the engine. Needs optax (`pip install 'jllm[train]'`) and some ten minutes to
-half an hour on two CPU cores; run it from the root of the repository:
+as in the engine. Needs optax (`pip install 'jllm[train]'`) and half an hour on two CPU
+cores; run it from the root of the repository:
 
     python -m benchmarks.train_default_model --output jllm/default_model
 """
@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import datetime as dt
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -82,6 +83,7 @@ class Recipe:
     """How long and how fast to train."""
 
     steps: int
+    opening_share: float = 0.3
     seed: int = 0
     matrix_rate: float = 6e-3
     adam_rate: float = 2e-3
@@ -100,6 +102,7 @@ class Shape:
     tokens: int = 1536
 
 
+OPENINGS = (Shape(64, 28),)
 SHAPES = (Shape(256, 12), Shape(CONTEXT, 6))
 
 
@@ -174,12 +177,24 @@ def documents(tokenizer: Tokenizer, seed: str) -> Iterator[Document]:
 # --- batches ------------------------------------------------------------------
 
 
-def packed(source: Iterator[Document]) -> Iterator[tuple[Shape, list[Document]]]:
+def openings(source: Iterator[Document], length: int) -> Iterator[Document]:
+    """The first tokens of documents: a request and the sentences that take it up.
+
+    A name has few other words before it here, so that attention learns to find it.
+    """
+    for document in source:
+        size = length + 1
+        yield Document(document.tokens[:size], document.is_learned[:size])
+
+
+def packed(
+    source: Iterator[Document], shapes: tuple[Shape, ...] = SHAPES
+) -> Iterator[tuple[Shape, list[Document]]]:
     """Collects documents until the batch of their size is full."""
-    waiting: dict[Shape, list[Document]] = {shape: [] for shape in SHAPES}
+    waiting: dict[Shape, list[Document]] = {shape: [] for shape in shapes}
     for document in source:
         size = len(document.tokens) - 1
-        shape = next((s for s in SHAPES if size <= s.length), None)
+        shape = next((s for s in shapes if size <= s.length), None)
         if shape is None:
             continue
         group = waiting[shape]
@@ -192,6 +207,17 @@ def packed(source: Iterator[Document]) -> Iterator[tuple[Shape, list[Document]]]
     for shape, group in waiting.items():
         if group:
             yield shape, group
+
+
+def lessons(
+    recipe: Recipe, tokenizer: Tokenizer
+) -> Iterator[tuple[Shape, list[Document]]]:
+    """The batches of a training, short beginnings first."""
+    source = documents(tokenizer, f"train {recipe.seed}")
+    (shape,) = OPENINGS
+    short = packed(openings(source, shape.length), OPENINGS)
+    yield from itertools.islice(short, round(recipe.opening_share * recipe.steps))
+    yield from packed(source)
 
 
 def to_arrays(
@@ -331,7 +357,7 @@ def train(recipe: Recipe, tokenizer: Tokenizer, output: pathlib.Path) -> dict:
     held_out = [next(held_out) for _ in range(HELD_OUT_DOCUMENTS)]
     held_out = list(packed(iter(held_out)))
     best, learned, start = float("inf"), 0, time.time()
-    batches = packed(documents(tokenizer, f"train {recipe.seed}"))
+    batches = lessons(recipe, tokenizer)
     for step, (shape, group) in zip(range(1, recipe.steps + 1), batches, strict=False):
         batch, targets, mask = to_arrays(shape, group)
         weights, state, loss = train_step(shape, weights, state, batch, targets, mask)
@@ -453,7 +479,8 @@ nothing but stories, and it invents even those.
 every step; no other text and no other model |
 | Documents | {story_percent:.0f} % stories, {chat_percent:.0f} % requests with their \
 stories |
-| Training | {steps} steps, {tokens:.1f} million learned tokens, Muon and Adam, \
+| Training | {steps} steps, the first {opening_percent:.0f} % on the beginnings of \
+documents alone; {tokens:.1f} million learned tokens, Muon and Adam, \
 peak rates {rate:g} and {adam_rate:g}, seed {seed} |
 | Held-out loss | {loss:.4f} nats per token |
 | Made | {date}, in {minutes:.0f} minutes on {machine} |
@@ -468,10 +495,9 @@ as "Tell me a story about a dog." with a story. System messages are left out. A
 temperature of 0.7 is a good choice. It follows no other instructions, and what it
 writes is no fact.
 
-Known limits: most sentences are grammatical and a plot is told in order, but the
-names, pronouns and objects of a story change on the way, and an answer seldom has the
-hero that was asked for. The model has not learned to copy from its context; tests
-expect both to fail until it has.
+Known limits: it knows a few dozen names, heroes and plots and tells no others. Two
+characters may be given the same name when it draws no sample, now and then a person
+has a paw, and a request that it does not understand gets some story or other.
 """
 
 
@@ -491,6 +517,7 @@ def write_card(recipe: Recipe, figures: dict, output: pathlib.Path) -> None:
         story_percent=100 * (1 - CONVERSATION_SHARE),
         chat_percent=100 * CONVERSATION_SHARE,
         steps=figures["steps"],
+        opening_percent=100 * recipe.opening_share,
         tokens=figures["tokens"] / 1e6,
         rate=recipe.matrix_rate,
         adam_rate=recipe.adam_rate,
@@ -507,7 +534,7 @@ def main() -> None:
     """Trains and writes the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, required=True)
-    parser.add_argument("--steps", type=int, default=1250)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a minute, a bad model")
     arguments = parser.parse_args()

@@ -144,12 +144,12 @@ def run_chat(options: argparse.Namespace) -> int:
 def run_demo(options: argparse.Namespace) -> int:
     """Streams a story, then completes eight prompts in one batch; prints the speed."""
     with _load(options) as llm:
-        params = SamplingParams(temperature=0.4, seed=1, max_tokens=200)
+        params = SamplingParams(temperature=0.7, seed=1, max_tokens=200)
         print(STORY_PROMPT, end="", flush=True)
         output = _print_stream(llm, STORY_PROMPT, params)
         print(f"\n{_speed(output)}\n")
         seeded = [
-            SamplingParams(temperature=0.4, seed=i, max_tokens=60)
+            SamplingParams(temperature=0.7, seed=i, max_tokens=60)
             for i in range(len(DEMO_PROMPTS))
         ]
         began = time.perf_counter()

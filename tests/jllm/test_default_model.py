@@ -23,18 +23,18 @@ FILES = {
 MAX_BYTES = 4_000_000
 SAMPLES = 6
 GREEDY = (
-    ", there was a little boy named Rusty. He lived in a small house with "
-    "his mother and father. One sunny morning, Rusty was digging a hole in "
-    "the barn. Suddenly, he found a wooden box. It was closed and very "
-    "heavy. Her heart beat fast as she opened it. Inside was a bag of gold "
-    "coins! It was shining in the sun.\n"
-    'On the way home, Jack met a wise girl named Oscar. "Why do you look so'
-    ' sad?" asked Peter. "Someone took my silver cup," said Rusty. "It was '
-    'a present from my father." Peter thought for a moment. He liked it so '
-    'much. "I found it," said Rusty, and he gave it to Oscar.\n'
-    'Benny was so happy that he laughed out loud. "You are a true friend!" '
-    "he said. From then on, they met every day to play. Rusty had lost a "
-    "treasure, but he had found a friend."
+    ", there was a little girl named Ruby. She lived in a small village with "
+    "her mother and father. Ruby was not very fast. The others called her "
+    "slow. One sunny morning, there was a big race in the forest. A big girl "
+    'named Emma wanted to win. "You are too slow," said Emma. "I will do my '
+    'best," said Ruby. One, two, three, go! Emma ran away as fast as the '
+    "wind. Ruby went slowly, step by step.\n"
+    'Soon Emma was far ahead. "I have time for a nap," she thought. She '
+    "closed her eyes and fell asleep. Ruby kept on going. She passed Emma "
+    "very quietly. When Emma woke up, it was too late. Ruby had won the race!\n"
+    'Everyone clapped for Ruby. "I am sorry that I laughed at you," said '
+    "Emma. They shook hands and became friends. Slow and steady wins the "
+    "race."
 )
 """What follows "Once upon a time"; changes only when the model is trained anew."""
 
@@ -168,7 +168,6 @@ def test_stories_are_finished_and_of_known_words(stories):
     assert len(set(stories)) == SAMPLES
 
 
-@pytest.mark.xfail(reason="trained too briefly to repeat names", strict=True)
 def test_stories_keep_to_their_characters(stories):
     tables = read_grammar().tables
     names = {name for table in ("he", "she") for (name,) in tables[table]}
@@ -176,7 +175,6 @@ def test_stories_keep_to_their_characters(stories):
     assert sum(count <= 2 for count in counts) >= 0.85 * SAMPLES
 
 
-@pytest.mark.xfail(reason="trained too briefly to hear the request", strict=True)
 def test_requests_are_heard(network, tokenizer):
     for hero in ("dog", "fox", "princess", "dragon"):
         ids = chat(tokenizer, f"Tell me a story about a {hero}.")
