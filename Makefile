@@ -2,6 +2,8 @@
 #   make demo      the embedded model writes a story, then answers eight prompts
 #   make test      all tests that need only a CPU
 #   make check     all that is asked of a change: style, types, import rules, tests
+#   make test-kernels  the full matrices of the kernels, in interpret mode
+#   make aot-kernels   compiles every kernel for H200 and three TPUs, and records it
 #   make fix       formats, and mends what ruff can mend
 #   make simulate  the scheduler simulator on 10,000 seeds
 #   make bench     the offline benchmark on the embedded model
@@ -15,9 +17,9 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
-CPU_TESTS := -m "not aot" --ignore tests/parity --ignore tests/aot
+CPU_TESTS := -m "not aot and not kernels" --ignore tests/parity --ignore tests/aot
 
-.PHONY: demo test check lint parity aot fix simulate bench clean
+.PHONY: demo test test-kernels check lint parity aot aot-kernels fix simulate bench clean
 .DEFAULT_GOAL := test
 
 # --- environment: a stamp per set of packages, older than pyproject.toml or not ---
@@ -56,6 +58,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(PYTEST) $(CPU_TESTS) --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+test-kernels: $(VENV)/.installed-test
+	$(PYTEST) -m kernels --numprocesses $(WORKERS) $(PYTEST_ARGS) tests/pallas_kernels
+
 check: lint parity aot
 	$(MAKE) test PYTEST_ARGS="--cov --cov-report=term $(PYTEST_ARGS)"
 
@@ -70,6 +75,11 @@ parity: $(VENV)/.installed-torch
 
 aot: $(VENV)/.installed-aot
 	$(PYTEST) tests/aot $(PYTEST_ARGS)
+
+aot-kernels: $(VENV)/.installed-aot
+	MOSAIC_GPU_DUMP_TO=$$(mktemp -d) \
+	  $(BIN)/python -m tests.aot.compile_kernels gpu --table --record
+	$(BIN)/python -m tests.aot.compile_kernels tpu --table --record
 
 fix: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

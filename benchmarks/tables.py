@@ -106,8 +106,36 @@ def aot_steps() -> str:
     )
 
 
+def aot_kernels() -> str:
+    """What the compilers of devices that are not here make of the kernels."""
+    keys = ("operation", "implementation", "device")
+    newest = latest(record.read("aot_kernels"), *keys, "case")
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in newest:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return markdown(
+        ["operation", "kernel", "device", "compiled", "registers", "spilled bytes"],
+        [
+            [
+                *group,
+                f"{sum('custom_calls' in row for row in rows)} of {len(rows)}",
+                _largest(rows, "registers"),
+                _largest(rows, "spilled_bytes"),
+            ]
+            for group, rows in sorted(groups.items())
+        ],
+    )
+
+
+def _largest(rows: Sequence[dict[str, Any]], field: str) -> object:
+    """The largest figure of any kernel of some rows, empty where none is known."""
+    kernels = [kernel for row in rows for kernel in row.get("kernels", [])]
+    return max((kernel[field] for kernel in kernels), default="")
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (aot_steps, kv_waste, offline, sampling_draw)
+    table.__name__: table
+    for table in (aot_kernels, aot_steps, kv_waste, offline, sampling_draw)
 }
 
 

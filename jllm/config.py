@@ -10,7 +10,9 @@ from jllm.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "random"]
-AttentionImplementation = Literal["auto", "reference", "blocked"]
+AttentionImplementation = Literal[
+    "auto", "reference", "blocked", "gpu_triton", "gpu_mosaic", "tpu"
+]
 
 
 def _option(default: Any, text: str) -> Any:

@@ -14,6 +14,8 @@ class EngineMetrics:
         device_to_host_copies: Arrays read back.
         scheduled_tokens: Tokens computed, prompt and output.
         launch_seconds: Host time spent packing and dispatching.
+        kernel_fallbacks: Kernels of the accelerator that could not be used, each
+            reason once; the log names them.
     """
 
     steps: int = 0
@@ -22,3 +24,4 @@ class EngineMetrics:
     device_to_host_copies: int = 0
     scheduled_tokens: int = 0
     launch_seconds: float = 0.0
+    kernel_fallbacks: int = 0

@@ -18,7 +18,14 @@ TREES = {path: ast.parse(path.read_text("utf-8")) for path in SOURCES}
 MAX_FILE_LINES = {"pallas_kernels": 900}
 MAX_FUNCTION_LINES = {"pallas_kernels": 150}
 MAX_ARGUMENTS = 9
-KERNEL_FILES = ("__init__.py", "api.py", "reference.py", "cases.py")
+KERNEL_FILES = (
+    "__init__.py",
+    "api.py",
+    "cases.py",
+    "gpu_triton.py",
+    "reference.py",
+    "tpu.py",
+)
 SHARED_MODEL_FILES = {"__init__", "base", "registry"}
 
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}

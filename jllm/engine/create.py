@@ -24,6 +24,7 @@ from jllm.engine.programs import (
 )
 from jllm.engine.replicas import Replicas
 from jllm.errors import ConfigError
+from jllm.layers.kernels import Target
 from jllm.models.base import Model, ModelOptions, Weights
 from jllm.models.hf_config import longest_context, read_integer
 from jllm.models.registry import build_model
@@ -187,6 +188,7 @@ def _create_replica(
             kv_width_multiple=128 if device.platform == "tpu" else 1,
             max_model_len=resolved.max_model_len,
             attention=config.attention,
+            target=Target.of(device),
             mesh=mesh if mesh.size > 1 else None,
         ),
     )

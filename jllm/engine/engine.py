@@ -259,6 +259,7 @@ class Engine:
             prompt_packed = scorer(parts.weights, result.hidden, targets)
             self.metrics.dispatches += 1
             prompt_packed.copy_to_host_async()
+        self.metrics.kernel_fallbacks = parts.programs.num_fallbacks
         self.metrics.steps += 1
         self.metrics.scheduled_tokens += plan.num_tokens
         self.metrics.launch_seconds += time.perf_counter() - began

@@ -26,6 +26,7 @@ from jllm.engine.steps import (
     sampler_step,
 )
 from jllm.layers.attention import KV_HEADS
+from jllm.layers.kernels import Fallback, collect_fallbacks
 from jllm.models.base import Model, Weights
 from jllm.sampling.draws import DrawMethod
 from jllm.sampling.logprobs import PROMPT_CHUNK
@@ -167,6 +168,7 @@ class ProgramBuilder:
         self._model, self._options, self._place = model, options, place
         self._weights = describe(weights)
         self._state = describe_state(model, options, place)
+        self.fallbacks: set[Fallback] = set()
 
     def step(self, kind: str, size: int) -> Compiled:
         """A decode program of `size` rows, or a prefill program of `size` tokens."""
@@ -235,7 +237,10 @@ class ProgramBuilder:
             out_shardings=places,
             keep_unused=True,
         )
-        return jitted.lower(*arguments).compile()
+        with collect_fallbacks() as found:
+            lowered = jitted.lower(*arguments)
+        self.fallbacks.update(found)
+        return lowered.compile()
 
 
 def fresh_bytes(program: Compiled) -> int:
@@ -258,6 +263,11 @@ class Programs:
         self._lock = threading.Lock()
         self._futures: dict[tuple[str, int], Future[Compiled]] = {}
         self._background = BackgroundWork(2, "jllm-compile")
+
+    @property
+    def num_fallbacks(self) -> int:
+        """Kernels of the accelerator that could not be used, each reason once."""
+        return len(self._builder.fallbacks)
 
     def compile_first(self) -> None:
         """Compiles the two programs with which every step can run."""

@@ -1,4 +1,4 @@
-"""Attention over the paged cache: write the new keys and values, then attend.
+"""Attention over the paged cache: rotate, write keys and values, then attend.
 
 This is where `shard_map` wraps the kernels: they see the heads of one device only.
 """
@@ -7,14 +7,15 @@ import dataclasses
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int, Shaped
 
 from jllm.layers.batch import Batch
-from pallas_kernels import copy_blocks, kv_write, paged_attention, ragged_attention
-from pallas_kernels.common.attention import Implementation
+from jllm.layers.kernels import Implementation, Target
+from pallas_kernels import copy_blocks, paged_attention, qkv_write, ragged_attention
+from pallas_kernels.common.scores import ScoreOptions
+from pallas_kernels.kv_write import HeadNorms, Heads, Rotation
 
 HEADS = PartitionSpec(None, "tensor", None)
 KV_HEADS = PartitionSpec(None, None, "tensor", None, None)
@@ -28,23 +29,31 @@ class AttentionOptions:
     Attributes:
         scale: Factor on the scores.
         implementation: Kernel to use; a forced one never falls back.
+        target: Device that the kernels are made for, None for the default one.
         mesh: Devices that share the heads, None for a single one.
     """
 
     scale: float
     implementation: Implementation
+    target: Target | None
     mesh: Mesh | None
+
+    @property
+    def write_implementation(self) -> Implementation:
+        """Kernel that writes: XLA's scatter where attention is XLA's by force."""
+        is_xla = self.implementation in ("reference", "blocked")
+        return "reference" if is_xla else "auto"
 
 
 def cached_attention(
-    q: Float[Array, "T H D"],
-    keys: Float[Array, "T K D"],
-    values: Float[Array, "T K D"],
+    heads: Heads,
+    rotation: Rotation,
+    norms: HeadNorms | None,
     kv: Shaped[Array, "B 2 K P W"],
     batch: Batch,
     options: AttentionOptions,
 ) -> tuple[Float[Array, "T H D"], Shaped[Array, "B 2 K P W"]]:
-    """Writes the new keys and values, then attends to all cached tokens.
+    """Normalises and rotates the heads, writes keys and values, then attends.
 
     The pool's heads may be wider than the model's: what is beyond stays zero.
     """
@@ -53,36 +62,44 @@ def cached_attention(
         local = jax.shard_map(
             local,
             mesh=options.mesh,
-            in_specs=(HEADS, HEADS, HEADS, KV_HEADS, EVERYWHERE),
+            in_specs=(HEADS, EVERYWHERE, EVERYWHERE, KV_HEADS, EVERYWHERE),
             out_specs=(HEADS, KV_HEADS),
             check_vma=False,
         )
-    return local(q, keys, values, kv, batch)
+    return local(heads, rotation, norms, kv, batch)
 
 
 def _write_and_attend(
-    q: Array,
-    keys: Array,
-    values: Array,
+    heads: Heads,
+    rotation: Rotation,
+    norms: HeadNorms | None,
     kv: Array,
     batch: Batch,
     *,
     options: AttentionOptions,
 ) -> tuple[Array, Array]:
-    head_dim, width = q.shape[-1], kv.shape[-1]
-    q, keys, values = (_widen(x, width) for x in (q, keys, values))
+    scores, head_dim = ScoreOptions(options.scale), heads.q.shape[-1]
+    tables, lengths = batch.block_tables, batch.lengths
     # Write first: from here on only the new pool is used, so that it is updated in
     # place, and the kernels find cached and new tokens in one place.
-    kv = kv_write(kv, keys, values, batch.slots)
-    tables, lengths = batch.block_tables, batch.lengths
+    q, kv = qkv_write(
+        heads,
+        kv,
+        batch.slots,
+        rotation,
+        norms=norms,
+        implementation=options.write_implementation,
+        target=options.target,
+    )
     if batch.is_decode:
         out = paged_attention(
             q,
             kv,
             tables,
             lengths,
-            scale=options.scale,
+            scores,
             implementation=options.implementation,
+            target=options.target,
         )
     else:
         out = ragged_attention(
@@ -91,15 +108,11 @@ def _write_and_attend(
             tables,
             batch.row_starts,
             lengths,
-            scale=options.scale,
+            scores,
             implementation=options.implementation,
+            target=options.target,
         )
     return out[:, :, :head_dim], kv
-
-
-def _widen(x: Float[Array, "T N D"], width: int) -> Float[Array, "T N W"]:
-    missing = width - x.shape[-1]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, missing))) if missing else x
 
 
 def copy_cache_blocks(

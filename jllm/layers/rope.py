@@ -23,36 +23,25 @@ from jllm.layers.rope_scaling import (
     Scaling,
     YarnScaling,
 )
+from pallas_kernels.kv_write import Rotation
 
 DEFAULT_THETA = 10000.0
 PARTIAL = "partial_rotary_factor"
 
 
-def apply_rope(
-    x: Float[Array, "T N D"],
-    positions: Int[Array, " T"],
-    inv_freq: Float[np.ndarray, " F"],
-    scaling: float,
-) -> Float[Array, "T N D"]:
-    """Rotates the first `2 F` features of every head, pairing feature i with i + F.
+def rotation_of(
+    positions: Int[Array, " T"], inv_freq: Float[np.ndarray, " F"], scaling: float
+) -> Rotation:
+    """Cosine and sine `[T, F]` by which the heads of each token are rotated.
 
     Args:
-        x: Queries or keys.
         positions: Position of each token in its sequence.
-        inv_freq: Angle per position of each pair.
+        inv_freq: Angle per position of each pair of features.
         scaling: Factor on sine and cosine.
     """
-    half = inv_freq.shape[0]
     frequencies = jnp.asarray(inv_freq, jnp.float32)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
-    cos = (jnp.cos(angles) * scaling)[:, None, :]
-    sin = (jnp.sin(angles) * scaling)[:, None, :]
-    first = x[..., :half].astype(jnp.float32)
-    second = x[..., half : 2 * half].astype(jnp.float32)
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(
-        [part.astype(x.dtype) for part in rotated] + [x[..., 2 * half :]], axis=-1
-    )
+    return Rotation(jnp.cos(angles) * scaling, jnp.sin(angles) * scaling)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ initialisation, sharding and the byte counts are all derived from that declarati
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jllm.layers.batch import Batch
+from jllm.layers.kernels import Implementation, Target
 
 Weights = Mapping[str, Any]
 """Tree of arrays with the structure of `Model.specs()`."""
@@ -103,6 +104,7 @@ class ModelOptions:
             width; 128 on a TPU, whose registers are that wide.
         max_model_len: Longest context; scalings of RoPE that depend on it are fixed.
         attention: Attention implementation; a forced one never falls back.
+        target: Device that the kernels are made for, None for the default one.
         mesh: Devices that share each layer, None for a single one.
     """
 
@@ -110,7 +112,8 @@ class ModelOptions:
     kv_dtype: str | None = None
     kv_width_multiple: int = 1
     max_model_len: int = 2048
-    attention: Literal["auto", "reference", "blocked"] = "auto"
+    attention: Implementation = "auto"
+    target: Target | None = None
     mesh: Mesh | None = None
 
     @property

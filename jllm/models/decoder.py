@@ -16,12 +16,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from jllm.errors import ConfigError
-from jllm.layers.attention import KV_HEADS, AttentionOptions, cached_attention
+from jllm.layers.attention import (
+    KV_HEADS,
+    AttentionOptions,
+    HeadNorms,
+    Heads,
+    cached_attention,
+)
 from jllm.layers.embedding import embed, output_logits
 from jllm.layers.linear import linear
 from jllm.layers.mlp import gated_mlp
 from jllm.layers.norm import rms_norm
-from jllm.layers.rope import apply_rope, rope_frequencies
+from jllm.layers.rope import Rotation, rope_frequencies, rotation_of
 from jllm.models.base import Batch, KVCache, ModelOptions, Weights
 from jllm.models.decoder_config import DecoderConfig
 from jllm.models.decoder_specs import decoder_specs
@@ -121,9 +127,10 @@ class Decoder:
         Pure, and differentiable with `attention="reference"`.
         """
         hidden = embed(weights["embed"], batch.tokens)
+        rotation = rotation_of(batch.positions, *self._rope)
         pools: list[Array] = []
         for layer, pool in enumerate(kv):
-            hidden, pool = self._layer(layer, weights, hidden, pool, batch)
+            hidden, pool = self._layer(layer, weights, hidden, pool, batch, rotation)
             pools.append(pool)
         return self._norm(weights, -1, hidden), tuple(pools)
 
@@ -135,14 +142,24 @@ class Decoder:
         return output_logits(head, hidden, self.config.vocab_size)
 
     def _layer(
-        self, layer: int, weights: Weights, hidden: Array, pool: Array, batch: Batch
+        self,
+        layer: int,
+        weights: Weights,
+        hidden: Array,
+        pool: Array,
+        batch: Batch,
+        rotation: Rotation,
     ) -> tuple[Array, Array]:
         own = weights["layers"][layer]
         with jax.named_scope("attention"):
             normed = self._norm(weights, 2 * layer, hidden)
-            q, keys, values = self._project(layer, weights, normed, batch)
             attended, pool = cached_attention(
-                q, keys, values, pool, batch, self._attention_options
+                self._project(own, normed),
+                rotation,
+                self._head_norms(weights, layer),
+                pool,
+                batch,
+                self._attention_options,
             )
             flat = attended.reshape(attended.shape[0], -1)
             out = linear(flat, own["out"], own.get("out_bias"))
@@ -152,26 +169,20 @@ class Decoder:
             hidden = self._replicate(hidden + gated_mlp(normed, own))
         return hidden, pool
 
-    def _project(
-        self, layer: int, weights: Weights, normed: Array, batch: Batch
-    ) -> tuple[Array, Array, Array]:
-        """Queries [T, H, D], keys and values [T, K, D], rotated."""
-        config, own = self.config, weights["layers"][layer]
+    def _project(self, own: Weights, normed: Array) -> Heads:
+        """Queries [T, H, D], keys and values [T, K, D], not yet rotated."""
+        config = self.config
         qkv = linear(normed, own["qkv"], own.get("qkv_bias"))  # [T, K, (G + 2) * D]
         tokens, kv_heads, _ = qkv.shape
         qkv = qkv.reshape(tokens, kv_heads, self.group + 2, config.head_dim)
-        q, keys, values = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-        if config.qk_norm:
-            norms = weights["qk_norms"]
-            q = rms_norm(q, norms[2 * layer], config.norm_epsilon)
-            keys = rms_norm(keys, norms[2 * layer + 1], config.norm_epsilon)
-        q = q.reshape(tokens, config.num_heads, config.head_dim)
-        frequencies, scaling = self._rope
-        return (
-            apply_rope(q, batch.positions, frequencies, scaling),
-            apply_rope(keys, batch.positions, frequencies, scaling),
-            values,
-        )
+        q = qkv[:, :, :-2].reshape(tokens, config.num_heads, config.head_dim)
+        return Heads(q, qkv[:, :, -2], qkv[:, :, -1])
+
+    def _head_norms(self, weights: Weights, layer: int) -> HeadNorms | None:
+        if not self.config.qk_norm:
+            return None
+        q, keys = weights["qk_norms"][2 * layer], weights["qk_norms"][2 * layer + 1]
+        return HeadNorms(q, keys, self.config.norm_epsilon)
 
     def _norm(self, weights: Weights, index: int, hidden: Array) -> Array:
         return rms_norm(hidden, weights["norms"][index], self.config.norm_epsilon)
@@ -192,5 +203,6 @@ class Decoder:
         return AttentionOptions(
             scale=self.config.head_dim**-0.5,
             implementation=self.options.attention,
+            target=self.options.target,
             mesh=self.options.mesh,
         )

@@ -1,5 +1,6 @@
 """Writing new keys and values into the pool, and copying blocks within it."""
 
-from pallas_kernels.kv_write.api import copy_blocks, kv_write
+from pallas_kernels.kv_write.api import copy_blocks, kv_write, qkv_write
+from pallas_kernels.kv_write.heads import HeadNorms, Heads, Rotation
 
-__all__ = ["copy_blocks", "kv_write"]
+__all__ = ["HeadNorms", "Heads", "Rotation", "copy_blocks", "kv_write", "qkv_write"]

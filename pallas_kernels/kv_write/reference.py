@@ -1,9 +1,10 @@
 """Scatter and gather by XLA; unique indices keep the update in place."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Shaped
+
+from pallas_kernels.kv_write.heads import HeadNorms, Heads, Rotation, prepare, stored
 
 
 def kv_write_reference(
@@ -11,6 +12,7 @@ def kv_write_reference(
     keys: Float[Array, "T K D"],
     values: Float[Array, "T K D"],
     slots: Int[Array, " T"],
+    kv_scales: Float[Array, "2 K"] | None,
 ) -> Shaped[Array, "B 2 K P D"]:
     """Scatters one [D] row per token and head; see `api.kv_write`.
 
@@ -20,17 +22,38 @@ def kv_write_reference(
     update that it fuses into later reads, and then has to copy the pool.
     """
     num_blocks, _, num_kv_heads, block_size, head_dim = kv.shape
-    new = jnp.stack([keys, values], axis=1)  # [T, 2, K, D]
-    if kv.dtype == jnp.uint16:
-        new = jax.lax.bitcast_convert_type(new, jnp.uint16)
+    new = stored(keys, values, kv.dtype, kv_scales)
     heads = jnp.arange(2 * num_kv_heads, dtype=slots.dtype)
     runs = (slots // block_size)[:, None] * heads.size + heads[None, :]
     rows = runs * block_size + (slots % block_size)[:, None]
     matrix = kv.reshape(num_blocks * heads.size * block_size, head_dim)
     matrix = matrix.at[rows.reshape(-1)].set(
-        new.reshape(-1, head_dim).astype(kv.dtype), mode="drop", unique_indices=True
+        new.reshape(-1, head_dim),
+        mode="drop",
+        unique_indices=True,
+        wrap_negative_indices=False,
     )
     return matrix.reshape(kv.shape)
+
+
+def qkv_write_reference(
+    heads: Heads,
+    kv: Shaped[Array, "B 2 K P W"],
+    slots: Int[Array, " T"],
+    rotation: Rotation,
+    norms: HeadNorms | None,
+    kv_scales: Float[Array, "2 K"] | None,
+) -> tuple[Float[Array, "T H W"], Shaped[Array, "B 2 K P W"]]:
+    """Normalises, rotates, then scatters; see `api.qkv_write`."""
+    q, keys = prepare(heads, rotation, norms)
+    q, keys, values = (widen(x, kv.shape[4]) for x in (q, keys, heads.values))
+    return q, kv_write_reference(kv, keys, values, slots, kv_scales)
+
+
+def widen(x: Float[Array, "T N D"], width: int) -> Float[Array, "T N W"]:
+    """Appends zeros to each head."""
+    missing = width - x.shape[2]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, missing))) if missing else x
 
 
 def copy_blocks_reference(
@@ -39,5 +62,7 @@ def copy_blocks_reference(
     targets: Int[Array, " C"],
 ) -> Shaped[Array, "B ..."]:
     """Gathers the sources, then scatters them; see `api.copy_blocks`."""
-    blocks = pool.at[sources].get(mode="clip")
-    return pool.at[targets].set(blocks, mode="drop", unique_indices=True)
+    blocks = pool.at[sources].get(mode="clip", wrap_negative_indices=False)
+    return pool.at[targets].set(
+        blocks, mode="drop", unique_indices=True, wrap_negative_indices=False
+    )

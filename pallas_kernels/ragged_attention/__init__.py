@@ -1,5 +1,7 @@
-"""Attention of prompt chunks and single tokens in any mix over a paged cache."""
+"""Attention of runs of new tokens over a paged cache."""
 
+from pallas_kernels.common.kv_update import NewTokens
 from pallas_kernels.ragged_attention.api import ragged_attention
+from pallas_kernels.ragged_attention.update import ragged_attention_update
 
-__all__ = ["ragged_attention"]
+__all__ = ["NewTokens", "ragged_attention", "ragged_attention_update"]

@@ -3,9 +3,18 @@
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
-from pallas_kernels.common.attention import Implementation, check_attention_arguments
-from pallas_kernels.ragged_attention.blocked import ragged_attention_blocked
-from pallas_kernels.ragged_attention.reference import ragged_attention_reference
+from pallas_kernels.common.attention import check_attention_arguments
+from pallas_kernels.common.dispatch import Implementation, Operation
+from pallas_kernels.common.scores import ScoreOptions
+from pallas_kernels.common.target import Target
+
+OPERATION = Operation(
+    "ragged_attention",
+    "ragged_attention",
+    cpu=("blocked", "reference"),
+    gpu=("gpu_triton", "gpu_mosaic", "blocked"),
+    tpu=("tpu", "blocked"),
+)
 
 
 def ragged_attention(
@@ -14,43 +23,59 @@ def ragged_attention(
     block_tables: Int[Array, "S M"],
     row_starts: Int[Array, " S+1"],
     lengths: Int[Array, " S"],
+    options: ScoreOptions,
     *,
-    scale: float,
+    kv_scales: Float[Array, "2 K"] | None = None,
     implementation: Implementation = "auto",
+    target: Target | None = None,
 ) -> Float[Array, "T H D"]:
-    """Attends the newest tokens of each sequence to its cached tokens, causally.
+    """Attends runs of new tokens to the cached tokens of their sequences, causally.
 
-    The tokens `row_starts[s] : row_starts[s + 1]` of `q` are the last ones of sequence
-    `s`; each sees the keys up to its own position. Scores and sums are in float32,
-    whatever the input type. The cache already holds the new keys and values.
+    Sequence i owns tokens row_starts[i] ... row_starts[i+1] - 1, which stand at its
+    last positions, so that lengths[i] counts them too: chunks of prompts over a cached
+    prefix and single tokens in any mix. The cache already holds the new keys and
+    values. Scores and sums are float32, whatever the input type.
 
     Args:
-        q: Query heads, sequence after sequence.
-        kv: Pool of blocks: key | value, KV head, place in block, head width; of
+        q: Query heads of the tokens, sequence after sequence. Tokens from
+            row_starts[S] on are padding and give zeros.
+        kv: Pool of blocks: key | value, KV head, place in block, head width. Of
             uint16 if it holds the bits of 16-bit queries' type.
-        block_tables: Pool block of each run of P positions; entries past the length
-            are ignored, ids outside the pool never read outside it.
-        row_starts: First token of each sequence; its last entry counts the tokens.
-            Tokens past it are padding and come out as zero.
-        lengths: Tokens of each sequence in the cache, the new ones included.
-        scale: Factor on the scores, usually D ** -0.5.
+        block_tables: Pool block of each run of P positions of a sequence; entries past
+            the length are ignored, ids outside the pool never read outside it.
+        row_starts: First token of each sequence, in order; the last entry is the
+            number of tokens that are no padding.
+        lengths: Tokens of each sequence in the cache.
+        options: How scores become weights.
+        kv_scales: Factors on the keys and values of each head, for a quantized cache.
         implementation: "reference" gathers whole tables and is differentiable;
-            "blocked" works in proportion to the live tokens; "auto" is "blocked".
+            "blocked" works in proportion to the live tokens; "auto" is the best one
+            for the target.
+        target: Device to compile for; None for the default one.
 
     Raises:
-        ValueError: H is no multiple of K, or shapes do not fit together.
+        ValueError: H is no multiple of K, shapes do not fit together, or an option is
+            out of bounds.
+        NotImplementedError: A forced implementation cannot do this.
 
-    Source: PagedAttention, arXiv:2309.06180 section 4; FlashAttention-2,
-    arXiv:2307.08691.
+    Source: FlashAttention-2, arXiv:2307.08691; ragged batches as in Ragged Paged
+    Attention, https://github.com/vllm-project/tpu-inference.
     """
-    check_attention_arguments(q, kv, block_tables, implementation)
-    if row_starts.shape != (block_tables.shape[0] + 1,):
+    check_attention_arguments(q, kv, block_tables, kv_scales)
+    options.check(q.shape[-2])
+    if row_starts.shape != (lengths.shape[0] + 1,):
         raise ValueError(
-            f"row_starts has shape {row_starts.shape}, expected one more than the "
-            f"{block_tables.shape[0]} rows of block_tables"
+            f"row_starts has shape {row_starts.shape}, expected one entry more than "
+            f"the {lengths.shape[0]} sequences"
         )
-    if implementation == "reference":
-        return ragged_attention_reference(
-            q, kv, block_tables, row_starts, lengths, scale
-        )
-    return ragged_attention_blocked(q, kv, block_tables, row_starts, lengths, scale)
+    return OPERATION.run(
+        implementation,
+        target,
+        q,
+        kv,
+        block_tables,
+        row_starts,
+        lengths,
+        options,
+        kv_scales,
+    )

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
-from pallas_kernels.common.attention import attend_blocked, pad_tables
+from pallas_kernels.common.attention import (
+    Cache,
+    QueryTile,
+    attend_blocked,
+    pad_tables,
+)
+from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.ragged_attention.tiles import make_tiles
 
 TILE_Q = 32
@@ -18,7 +24,8 @@ def ragged_attention_blocked(
     block_tables: Int[Array, "S M"],
     row_starts: Int[Array, " S+1"],
     lengths: Int[Array, " S"],
-    scale: float,
+    options: ScoreOptions,
+    kv_scales: Float[Array, "2 K"] | None,
 ) -> Float[Array, "T H D"]:
     """Attends in proportion to the live tokens; see `api.ragged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
@@ -37,15 +44,14 @@ def ragged_attention_blocked(
         count, length = tiles.num_tokens[tile], lengths[row]
         first_position = first + length - row_starts[row + 1]
         positions = jnp.where(offsets < count, first_position + offsets, -1)
+        q_tile = jax.lax.dynamic_slice_in_dim(padded, first, tile_q)
         attended = attend_blocked(
-            jax.lax.dynamic_slice_in_dim(padded, first, tile_q),
-            positions,
-            kv,
+            QueryTile(q_tile, positions),
+            Cache(kv, kv_scales),
             tables[row],
             length,
-            scale,
+            options,
             blocks_per_chunk=blocks_per_chunk,
-            num_chunks=-(-(first_position + count) // (blocks_per_chunk * block_size)),
         )
         return jax.lax.dynamic_update_slice_in_dim(out, attended, first, 0)
 

@@ -9,12 +9,9 @@ keeps the text of the programs.
 """
 
 import argparse
-import datetime as dt
-import importlib.metadata
 import json
 import os
 import pathlib
-import subprocess
 import time
 from typing import NamedTuple
 
@@ -29,16 +26,16 @@ from jllm.engine.programs import (
     ProgramSizes,
     describe_state,
 )
+from jllm.layers.kernels import Target as KernelTarget
 from jllm.models.base import ModelOptions
 from jllm.models.registry import build_model
 from jllm.sampling.rules import RuleLayout
 from shardings.mesh import make_mesh
 from shardings.place import tree_shardings
 from tests.aot import hlo
+from tests.aot.provenance import H200, ROOT, provenance
 
-ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "aot_steps.jsonl"
-H200 = pathlib.Path(__file__).parent / "nvidia_h200.txtpb"
 
 # Qwen3-0.6B with fewer layers.
 MODEL = {
@@ -134,6 +131,7 @@ class Target:
             dtype="bfloat16",
             kv_width_multiple=128 if platform == "tpu" else 1,
             max_model_len=MAX_MODEL_LEN,
+            target=KernelTarget.of(devices[0]),
             mesh=mesh if num_devices > 1 else None,
         )
         model = build_model({**MODEL, "head_dim": head_dim}, options)
@@ -202,24 +200,6 @@ def local_size(leaf):
 def local_bytes(leaf):
     """Bytes of an array on one device."""
     return local_size(leaf) * leaf.dtype.itemsize
-
-
-def provenance():
-    """With what the programs were compiled, and from which state of the code."""
-
-    def git(*arguments):
-        command = ("git", *arguments)
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        return result.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "jllm", "pallas_kernels", "shardings")
-    installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    compilers = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt")
-    return {
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "commit": git("rev-parse", "HEAD") + ("+changes" if changed else ""),
-        **{name: installed.get(name) for name in compilers},
-    }
 
 
 def record(report):

@@ -7,6 +7,8 @@ import re
 BYTES = {
     "pred": 1,
     "s8": 1,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
     "u8": 1,
     "bf16": 2,
     "f16": 2,

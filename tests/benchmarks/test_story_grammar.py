@@ -97,9 +97,9 @@ def test_characters_are_introduced():
         teller = Storyteller(seed)
         story = teller.story()
         for character in teller._cast.values():
-            if character.name is None and character.kind in story:
-                first = story.lower().index(character.kind)
-                before = story[:first].split()[-2:]
+            told = re.search(rf"\b{character.kind}\b", story.lower())
+            if character.name is None and told:
+                before = story[: told.start()].split()[-2:]
                 # "a little fox", or "his friend the fox"
                 assert before[0].lower() in ("a", "an", "friend"), story
 

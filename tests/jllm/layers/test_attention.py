@@ -4,11 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jllm.layers.attention import AttentionOptions, cached_attention
+from jllm.layers.attention import (
+    AttentionOptions,
+    Heads,
+    Rotation,
+    cached_attention,
+)
 from jllm.layers.batch import Batch
 
 HEAD_DIM = 24
-OPTIONS = AttentionOptions(scale=0.2, implementation="auto", mesh=None)
+OPTIONS = AttentionOptions(scale=0.2, implementation="auto", target=None, mesh=None)
 
 
 def attend(width, *, is_decode):
@@ -33,7 +38,10 @@ def attend(width, *, is_decode):
         lengths=jnp.array([6, 1] if is_decode else [8, 4], jnp.int32),
         is_decode=is_decode,
     )
-    return cached_attention(q, keys, values, jnp.asarray(pool), batch, OPTIONS)
+    angles = jnp.zeros((num_tokens, HEAD_DIM // 2))
+    rotation = Rotation(jnp.cos(angles), jnp.sin(angles))
+    heads = Heads(q, keys, values)
+    return cached_attention(heads, rotation, None, jnp.asarray(pool), batch, OPTIONS)
 
 
 @pytest.mark.parametrize("is_decode", [True, False])

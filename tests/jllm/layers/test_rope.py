@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jllm.errors import UnsupportedModelError
-from jllm.layers.rope import RopeConfig, apply_rope, rope_frequencies
+from jllm.layers.rope import RopeConfig, rope_frequencies, rotation_of
+from pallas_kernels.kv_write.heads import rotate
 
 BASE = {
     "hidden_size": 64,
@@ -24,7 +25,7 @@ def frequencies(scaling, max_model_len=128, **more):
     return rope_frequencies(RopeConfig.from_hf(config), max_model_len)
 
 
-def rotate(x, positions, inv_freq, scaling):
+def rotate_complex(x, positions, inv_freq, scaling):
     """The rotation as a product of complex numbers, in float64."""
     half = len(inv_freq)
     pairs = x[..., :half] + 1j * x[..., half : 2 * half]
@@ -39,8 +40,8 @@ def test_rotates_pairs_and_leaves_the_rest(rng, half, scaling):
     x = rng.standard_normal((5, 3, 16)).astype(np.float32)
     positions = np.array([0, 1, 7, 100, 5], np.int32)
     inv_freq = PLAIN[:half].astype(np.float32)
-    out = apply_rope(jnp.asarray(x), jnp.asarray(positions), inv_freq, scaling)
-    expected = rotate(x.astype(np.float64), positions, inv_freq, scaling)
+    out = rotate(jnp.asarray(x), rotation_of(jnp.asarray(positions), inv_freq, scaling))
+    expected = rotate_complex(x.astype(np.float64), positions, inv_freq, scaling)
     np.testing.assert_allclose(out, expected, atol=2e-5)
     assert np.array_equal(out[..., 2 * half :], x[..., 2 * half :])
 
@@ -49,8 +50,10 @@ def test_keeps_the_type_and_computes_in_float32(rng):
     x = jnp.asarray(rng.standard_normal((4, 2, 16)), jnp.bfloat16)
     positions = jnp.asarray([3, 99, 1000, 4000])
     inv_freq = PLAIN.astype(np.float32)
-    out = apply_rope(x, positions, inv_freq, 1.0)
-    wide = rotate(np.asarray(x, np.float64), np.asarray(positions), inv_freq, 1.0)
+    out = rotate(x, rotation_of(positions, inv_freq, 1.0))
+    wide = rotate_complex(
+        np.asarray(x, np.float64), np.asarray(positions), inv_freq, 1.0
+    )
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float64), wide, rtol=2**-8, atol=2e-3)
 
@@ -61,7 +64,7 @@ def test_scores_depend_on_distance_only(rng):
 
     def score(query_position, key_position):
         turned = [
-            apply_rope(jnp.asarray(x), jnp.asarray([at]), inv_freq, 1.0)
+            rotate(jnp.asarray(x), rotation_of(jnp.asarray([at]), inv_freq, 1.0))
             for x, at in ((q, query_position), (k, key_position))
         ]
         return float(jnp.vdot(*turned))

@@ -1,0 +1,1 @@
+"""Times the kernels on the device at hand, beside its limits and other kernels."""

@@ -1,0 +1,211 @@
+"""Compiles every kernel for accelerators that are not there.
+
+    python -m tests.aot.compile_kernels gpu|tpu [--operations paged_attention ...]
+        [--cases SUBSTRING] [--generations v6e ...] [--rotate] [--sample N]
+        [--record] [--table]
+
+One line of JSON per case, implementation and device: what the compiler made of it, or
+why it could not. Registers and spills come from ptxas, which must be on the PATH;
+those of Mosaic GPU's kernels if MOSAIC_GPU_DUMP_TO names an empty folder.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from functools import partial
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from pallas_kernels.common.target import Target
+from tests.aot import hlo
+from tests.aot.provenance import H200, ROOT, provenance
+
+RESULTS = ROOT / "benchmarks" / "results" / "aot_kernels.jsonl"
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+PTXAS = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?"
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?",
+    re.DOTALL,
+)
+
+
+def devices_of(platform, generations):
+    """One described device per generation."""
+    if platform == "gpu":
+        flags = os.environ.get("XLA_FLAGS", "")
+        # Autotuning would need the device.
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
+        topology = topologies.get_topology_desc(
+            "h200", platform="cuda", topology="1x1x1", target_config=H200.read_text()
+        )
+        return [topology.devices[0]]
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    names = [TOPOLOGIES[name] for name in generations]
+    return [topologies.get_topology_desc(n, platform="tpu").devices[0] for n in names]
+
+
+def operations():
+    """Folders of operations, `common` left out."""
+    folders = (ROOT / "pallas_kernels").iterdir()
+    return sorted(f.name for f in folders if (f / "cases.py").is_file())
+
+
+def kernel_cases(operation):
+    """The cases of an operation at the size of real models."""
+    module = importlib.import_module(f"pallas_kernels.{operation}.cases")
+    return [case for case in module.kernel_cases() if case.operation]
+
+
+def ptxas_report(folder):
+    """Registers and spilled bytes of each kernel whose code XLA left in a folder."""
+    if shutil.which("ptxas") is None:
+        return []
+    found = {}
+    for path in sorted(folder.glob("*.ptx")):
+        if ".entry" not in path.read_text():
+            continue
+        command = ["ptxas", "-v", "-arch=sm_90a", "-o", "/dev/null", str(path)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        text = result.stdout + result.stderr
+        if result.returncode:
+            raise RuntimeError(f"ptxas: {text[-500:]}")
+        for entry in re.split(r"(?=ptxas info\s+: Compiling entry)", text):
+            if match := PTXAS.search(entry):
+                found[match["name"]] = {
+                    "kernel": match["name"],
+                    "registers": int(match["registers"]),
+                    "spilled_bytes": int(match["stores"]) + int(match["loads"]),
+                }
+    return list(found.values())
+
+
+def mosaic_report():
+    """The same for the kernels of Mosaic GPU, which XLA does not see."""
+    folder = os.environ.get("MOSAIC_GPU_DUMP_TO")
+    if folder is None:
+        return []
+    found = ptxas_report(pathlib.Path(folder))
+    for path in pathlib.Path(folder).iterdir():
+        path.unlink()
+    return found
+
+
+def compile_case(case, implementation, device):
+    """What the compiler made of one case."""
+    target, place = Target.of(device), SingleDeviceSharding(device)
+    function = partial(case.function, implementation=implementation, target=target)
+    arguments = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in case.arguments
+    ]
+    jitted = jax.jit(function, donate_argnums=case.donated)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as dump:
+        options = {"xla_dump_to": dump} if target.platform == "gpu" else {}
+        compiled = jitted.lower(*arguments).compile(compiler_options=options)
+        kernels = [*ptxas_report(pathlib.Path(dump)), *mosaic_report()]
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    cost = compiled.cost_analysis() or {}
+    donated = {case.arguments[i].size for i in case.donated}
+    return {
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "num_donated": len(case.donated),
+        "aliased_parameters": len(hlo.aliased_parameters(text)),
+        "large_moves": hlo.large_moves(text, donated, max(donated)) if donated else [],
+        "custom_calls": hlo.custom_calls(text),
+        "kernels": kernels,
+        "estimated_bytes": int(cost.get("bytes accessed", 0)),
+        "estimated_seconds": cost.get("optimal_seconds"),
+        "num_bytes": case.num_bytes,
+        "num_flops": case.num_flops,
+        "compile_seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def report(case, implementation, device):
+    """The line of one compilation; a failure is a line too."""
+    facts = {
+        "operation": case.operation,
+        "case": case.name,
+        "implementation": implementation,
+        "device": Target.of(device).name,
+    }
+    try:
+        return facts | compile_case(case, implementation, device)
+    except NotImplementedError as reason:
+        return facts | {"unsupported": str(reason)}
+    except Exception as error:  # noqa: BLE001  whatever a compiler may raise
+        words = f"{type(error).__name__}: {error}"
+        return facts | {"error": words[:2000]}
+
+
+def table_row(line):
+    """A line for people."""
+    worst = max(
+        line.get("kernels", []),
+        key=lambda kernel: (kernel["spilled_bytes"], kernel["registers"]),
+        default={},
+    )
+    return (
+        f"{line['operation']:18} {line['case']:34} {line['implementation']:11} "
+        f"{line['device']:6} {worst.get('registers', ''):>4} "
+        f"{worst.get('spilled_bytes', ''):>6} {line.get('compile_seconds', ''):>6} "
+        f"{line.get('error', line.get('unsupported', ''))[:120]}"
+    )
+
+
+def chosen(arguments):
+    """Cases and implementations that the arguments ask for."""
+    found = []
+    for operation in arguments.operations:
+        own = [
+            (case, implementation)
+            for case in kernel_cases(operation)
+            if arguments.cases in case.name
+            for implementation in case.implementations
+            if implementation.startswith(arguments.platform)
+        ]
+        # Odd, so that all of two implementations have their turn.
+        step = (len(own) // (arguments.sample or len(own) or 1)) | 1
+        found += own[::step]
+    return found
+
+
+def main():
+    """Compiles what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("platform", choices=("gpu", "tpu"))
+    parser.add_argument("--operations", nargs="+", default=operations())
+    parser.add_argument("--cases", default="", help="part of the names of the cases")
+    parser.add_argument("--generations", nargs="+", default=list(TOPOLOGIES))
+    parser.add_argument("--rotate", action="store_true", help="one generation a case")
+    parser.add_argument("--sample", type=int, help="about so many of each operation")
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--table", action="store_true", help="a table, not JSON")
+    arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    devices = devices_of(arguments.platform, arguments.generations)
+    for number, (case, implementation) in enumerate(chosen(arguments)):
+        turn = [devices[number % len(devices)]] if arguments.rotate else devices
+        for device in turn:
+            line = report(case, implementation, device)
+            text = table_row(line) if arguments.table else json.dumps(line)
+            print(text, flush=True)
+            if arguments.record:
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(line | provenance()) + "\n")
+
+
+if __name__ == "__main__":
+    main()

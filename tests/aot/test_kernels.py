@@ -1,0 +1,100 @@
+"""What the compilers make of every kernel, for an NVIDIA H200 and three TPUs.
+
+Some cases of each operation, for the H200 and for one generation of TPUs after the
+other; `make aot-kernels` compiles all for all and records it. See compile_kernels.py.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.aot.compile_kernels import operations
+from tests.aot.provenance import ROOT
+from tests.aot.test_steps import COMPILERS
+
+pytestmark = pytest.mark.aot
+
+SAMPLE = "8"
+MAX_SPILLED_BYTES = 512
+MAX_REGISTERS = 255
+
+
+@pytest.fixture(scope="module")
+def lines_of(tmp_path_factory):
+    """Gives what was compiled for a platform; skips where its compiler is missing."""
+    found = [p for p in COMPILERS if any(map(importlib.util.find_spec, COMPILERS[p]))]
+    command = [sys.executable, "-m", "tests.aot.compile_kernels"]
+    dump = str(tmp_path_factory.mktemp("mosaic"))
+    own = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": dump}
+    environment = {**os.environ, **own}
+    processes = {
+        platform: subprocess.Popen(
+            [*command, platform, "--rotate", "--sample", SAMPLE],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for platform in found
+    }
+
+    @functools.cache
+    def lines(platform):
+        if platform not in processes:
+            pytest.skip(f"none of {COMPILERS[platform]} is installed (extra aot)")
+        out, errors = processes[platform].communicate(timeout=1500)
+        assert processes[platform].returncode == 0, errors[-4000:]
+        return [json.loads(line) for line in out.splitlines()]
+
+    yield lines
+    for process in processes.values():
+        process.kill()
+        process.communicate()
+
+
+def name_of(line):
+    return " ".join(
+        line[key] for key in ("operation", "case", "implementation", "device")
+    )
+
+
+@pytest.mark.parametrize("platform", COMPILERS)
+def test_every_case_compiles(lines_of, platform):
+    lines = lines_of(platform)
+    assert {name_of(x): x["error"] for x in lines if "error" in x} == {}
+    # Mosaic GPU leaves some widths and types to Triton.
+    refused = {name_of(x): x["unsupported"] for x in lines if "unsupported" in x}
+    assert {n: why for n, why in refused.items() if "gpu_mosaic" not in n} == {}
+
+
+@pytest.mark.parametrize("platform", COMPILERS)
+def test_every_operation_has_a_kernel(lines_of, platform):
+    with_kernel = {x["operation"] for x in lines_of(platform) if x.get("custom_calls")}
+    assert with_kernel >= set(operations())
+
+
+@pytest.mark.parametrize("platform", COMPILERS)
+def test_what_is_donated_is_updated_in_place(lines_of, platform):
+    donated = [x for x in lines_of(platform) if x.get("num_donated")]
+    assert donated
+    for line in donated:
+        assert line["aliased_parameters"] >= line["num_donated"], name_of(line)
+        assert line["large_moves"] == [], name_of(line)
+
+
+def test_kernels_fit_the_registers_of_an_h200(lines_of):
+    kernels = [
+        (name_of(line), kernel)
+        for line in lines_of("gpu")
+        for kernel in line.get("kernels", [])
+    ]
+    assert kernels, "ptxas is not on the PATH"
+    spilled = {n: k for n, k in kernels if k["spilled_bytes"] > MAX_SPILLED_BYTES}
+    assert spilled == {}
+    assert max(kernel["registers"] for _, kernel in kernels) <= MAX_REGISTERS
