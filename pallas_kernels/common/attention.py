@@ -195,8 +195,8 @@ def _scores(
     if options.alibi_slopes is not None:
         slopes = options.alibi_slopes.reshape(q.shape[1], 1, q.shape[2], 1)
         distance = tile.positions[None, :] - q_positions[:, None]  # [Q, N]
-        bias = slopes.astype(jnp.float32) * distance.astype(jnp.float32)[:, None, :]
-        scores = scores + bias
+        distance = distance.astype(jnp.float32)[None, :, None, :]
+        scores = scores + slopes.astype(jnp.float32) * distance
     return jnp.where(visible[None, :, None, :], scores, MASKED)
 
 

@@ -31,13 +31,14 @@ from pallas_kernels.flash_attention.cases import (
 from pallas_kernels.flash_attention.gradient import attend
 from pallas_kernels.flash_attention.rules import Arrays, make_rules
 from tests.pallas_kernels import mosaic_simulator
+from tests.pallas_kernels.targets import gpu_target
 
 NAMES = ("q", "k", "v", "sinks", "slopes")
 TOLERANCE = {"float32": 4e-6, "bfloat16": 2e-2, "float16": 2e-3}
 TARGETS = {
     "reference": Target("cpu"),
     "blocked": Target("cpu"),
-    "gpu_triton": Target("gpu", "sm_90", "h200", 132, interpret=True),
+    "gpu_triton": gpu_target(),
     "tpu": Target("tpu", "v6e", "v6e", 1, interpret=pltpu.InterpretParams()),
 }
 SMALL = DenseCase(

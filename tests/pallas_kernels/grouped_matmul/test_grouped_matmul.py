@@ -23,11 +23,12 @@ from pallas_kernels.grouped_matmul.cases import (
     make_arrays,
 )
 from pallas_kernels.grouped_matmul.tiles import TileTable, tile_table
+from tests.pallas_kernels.targets import gpu_target
 
 TARGETS = {
     "reference": Target("cpu"),
     "blocked": Target("cpu"),
-    "gpu_triton": Target("gpu", "sm_90", "h200", 132, interpret=True),
+    "gpu_triton": gpu_target(),
     "tpu": Target(
         "tpu", "v6e", "v6e", 1, pltpu.InterpretParams(uninitialized_memory="nan")
     ),

@@ -9,10 +9,11 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.common.cases import numpy_dtype
 from pallas_kernels.common.target import Target
 from pallas_kernels.kv_write import HeadNorms, Heads, Rotation
+from tests.pallas_kernels.targets import gpu_target
 
 TARGETS = {
     "reference": Target("cpu"),
-    "gpu_triton": Target("gpu", "sm_90", "h200", 132, interpret=True),
+    "gpu_triton": gpu_target(),
     "tpu": Target(
         "tpu",
         "v6e",

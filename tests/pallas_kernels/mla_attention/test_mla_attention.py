@@ -14,8 +14,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from jax.test_util import check_grads
 
-from pallas_kernels import mla_attention as package
 from pallas_kernels.common.target import Target
+from pallas_kernels.mla_attention import mla_attention
 from pallas_kernels.mla_attention.cases import (
     CASES,
     SCALE,
@@ -24,10 +24,11 @@ from pallas_kernels.mla_attention.cases import (
     kernel_cases,
     make_arrays,
 )
+from tests.pallas_kernels.targets import gpu_target
 
 TARGETS = {
     "reference": Target("cpu"),
-    "gpu_triton": Target("gpu", "sm_90", "h200", 132, interpret=True),
+    "gpu_triton": gpu_target(),
     "tpu": Target(
         "tpu", "v6e", "v6e", 1, interpret=pltpu.InterpretParams(detect_races=True)
     ),
@@ -195,7 +196,7 @@ def test_a_factor_of_the_latents_may_be_an_array():
     whole = call(*arrays, **options)
     halved = [*arrays[:2], arrays[2] * 0.5, *arrays[3:]]
     scale = jnp.float32(SCALE * 2)
-    found = package.mla_attention(*halved, scale, **options) * 2
+    found = mla_attention(*halved, scale, **options) * 2
     np.testing.assert_allclose(found, whole, atol=1e-6)
 
 
@@ -212,7 +213,7 @@ def test_wrong_shapes_are_named(index, shape, word):
     arrays = [jnp.asarray(a) for a in make_arrays(BY_NAME["one_row"])]
     arrays[index] = jnp.zeros(shape, arrays[index].dtype)
     with pytest.raises(ValueError, match=word):
-        inspect.unwrap(package.mla_attention)(*arrays, SCALE)
+        inspect.unwrap(mla_attention)(*arrays, SCALE)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from pallas_kernels.quantized_matmul.cases import (
     kernel_cases,
     make_arrays,
 )
+from tests.pallas_kernels.targets import gpu_target
 
-GPU = Target("gpu", "sm_90", "h200", 132, interpret=True)
+GPU = gpu_target()
 TPU = Target("tpu", "v6e", "v6e", 1, pltpu.InterpretParams(uninitialized_memory="nan"))
 TARGETS = {"reference": Target("cpu"), "gpu_triton": GPU, "tpu": TPU}
 # The others run with the full matrices.

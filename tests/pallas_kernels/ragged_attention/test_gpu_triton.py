@@ -18,8 +18,9 @@ from pallas_kernels.common.cases import AttentionCase, make_problem, solve
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.common.target import Target
 from pallas_kernels.ragged_attention.cases import CASES
+from tests.pallas_kernels.targets import gpu_target
 
-TARGET = Target("gpu", "sm_90", "h200", 132, interpret=True)
+TARGET = gpu_target()
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1.5e-2, "float16": 2e-3}
 LENGTHS = (0, 1, 3, 4, 5, 15, 16, 17, 63, 64, 65, 255, 256, 257, 520)
 QUICK = ("mixed", "width_80", "fp8_e4m3", "window", "sinks", "everything")

@@ -12,10 +12,11 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.common.target import Target
 from pallas_kernels.silu_mul import silu_mul
 from pallas_kernels.silu_mul.cases import CASES, kernel_cases
+from tests.pallas_kernels.targets import gpu_target
 
 TARGETS = {
     "reference": Target("cpu"),
-    "gpu_triton": Target("gpu", "sm_90", "h200", 132, interpret=True),
+    "gpu_triton": gpu_target(),
     "tpu": Target("tpu", "v6e", "v6e", 1, interpret=pltpu.InterpretParams()),
 }
 ACTIVATIONS = {

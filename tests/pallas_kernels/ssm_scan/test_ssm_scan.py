@@ -24,10 +24,11 @@ from pallas_kernels.ssm_scan.cases import (
     kernel_cases,
     make_arrays,
 )
+from tests.pallas_kernels.targets import gpu_target
 
 TARGETS = {
     "reference": Target("cpu"),
-    "gpu_triton": Target("gpu", "sm_90", "h200", 132, interpret=True),
+    "gpu_triton": gpu_target(),
     "tpu": Target(
         "tpu", "v6e", "v6e", 1, interpret=pltpu.InterpretParams(detect_races=True)
     ),

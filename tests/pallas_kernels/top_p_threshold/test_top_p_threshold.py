@@ -14,11 +14,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.common.target import Target
 from pallas_kernels.top_p_threshold import top_p_threshold
 from pallas_kernels.top_p_threshold.cases import CASES, kernel_cases
+from tests.pallas_kernels.targets import gpu_target
 
 TARGETS = {
     "reference": Target("cpu"),
     "blocked": Target("cpu"),
-    "gpu_triton": Target("gpu", "sm_90", "h200", 132, interpret=True),
+    "gpu_triton": gpu_target(),
     "tpu": Target("tpu", "v6e", "v6e", 1, interpret=pltpu.InterpretParams()),
 }
 # Share of the total by which a sum of float32 weights may be off.
