@@ -35,7 +35,7 @@ SMALL_BYTES, SMALL_FLOPS = 1 << 22, 1 << 29
 
 def operations() -> list[str]:
     """Folders of operations."""
-    return sorted(f.name for f in KERNELS.iterdir() if (f / "cases.py").is_file())
+    return sorted(f.name for f in KERNELS.iterdir() if (f / "api.py").is_file())
 
 
 def cases_of(operation: str) -> list[KernelCase]:

@@ -10,13 +10,13 @@ those of Mosaic GPU's kernels if MOSAIC_GPU_DUMP_TO names an empty folder.
 """
 
 import argparse
-import importlib
 import json
 import os
 import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -25,6 +25,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.kernels.run import cases_of, operations
 from pallas_kernels.common.target import Target
 from tests.aot import hlo
 from tests.aot.provenance import H200, ROOT, provenance
@@ -53,18 +54,6 @@ def devices_of(platform, generations):
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     names = [TOPOLOGIES[name] for name in generations]
     return [topologies.get_topology_desc(n, platform="tpu").devices[0] for n in names]
-
-
-def operations():
-    """Folders of operations, `common` left out."""
-    folders = (ROOT / "pallas_kernels").iterdir()
-    return sorted(f.name for f in folders if (f / "cases.py").is_file())
-
-
-def kernel_cases(operation):
-    """The cases of an operation at the size of real models."""
-    module = importlib.import_module(f"pallas_kernels.{operation}.cases")
-    return [case for case in module.kernel_cases() if case.operation]
 
 
 def ptxas_report(folder):
@@ -113,7 +102,9 @@ def compile_case(case, implementation, device):
     with tempfile.TemporaryDirectory() as dump:
         options = {"xla_dump_to": dump} if target.platform == "gpu" else {}
         compiled = jitted.lower(*arguments).compile(compiler_options=options)
-        kernels = [*ptxas_report(pathlib.Path(dump)), *mosaic_report()]
+        kernels = ptxas_report(pathlib.Path(dump))
+        if target.platform == "gpu":
+            kernels += mosaic_report()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     cost = compiled.cost_analysis() or {}
     donated = {case.arguments[i].size for i in case.donated}
@@ -122,7 +113,7 @@ def compile_case(case, implementation, device):
         "temporary_bytes": memory.temp_size_in_bytes,
         "num_donated": len(case.donated),
         "aliased_parameters": len(hlo.aliased_parameters(text)),
-        "large_moves": hlo.large_moves(text, donated, max(donated)) if donated else [],
+        "large_moves": hlo.large_moves(text, donated, sys.maxsize) if donated else [],
         "custom_calls": hlo.custom_calls(text),
         "kernels": kernels,
         "estimated_bytes": int(cost.get("bytes accessed", 0)),
@@ -171,7 +162,7 @@ def chosen(arguments):
     for operation in arguments.operations:
         own = [
             (case, implementation)
-            for case in kernel_cases(operation)
+            for case in cases_of(operation)
             if arguments.cases in case.name
             for implementation in case.implementations
             if implementation.startswith(arguments.platform)

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from tests.aot.compile_kernels import operations
+from benchmarks.kernels.run import operations
 from tests.aot.provenance import ROOT
 from tests.aot.test_steps import COMPILERS
 
