@@ -13,9 +13,16 @@ from jaxtyping import Float, Int, Shaped
 
 from jllm.layers.batch import Batch
 from jllm.layers.kernels import Implementation, Target
-from pallas_kernels import copy_blocks, paged_attention, qkv_write, ragged_attention
+from pallas_kernels import (
+    copy_blocks,
+    paged_attention,
+    paged_attention_update,
+    qkv_write,
+    ragged_attention,
+)
 from pallas_kernels.common.scores import ScoreOptions
-from pallas_kernels.kv_write import HeadNorms, Heads, Rotation
+from pallas_kernels.kv_write import HeadNorms, Heads, Rotation, rotate_and_widen
+from pallas_kernels.paged_attention import NewTokens
 
 HEADS = PartitionSpec(None, "tensor", None)
 KV_HEADS = PartitionSpec(None, None, "tensor", None, None)
@@ -43,6 +50,15 @@ class AttentionOptions:
         """Kernel that writes: XLA's scatter where attention is XLA's by force."""
         is_xla = self.implementation in ("reference", "blocked")
         return "reference" if is_xla else "auto"
+
+    @property
+    def stores_while_attending(self) -> bool:
+        """Whether a decode step's keys and values are stored by attention itself.
+
+        A TPU's kernel has their blocks in its vector memory anyway.
+        """
+        is_tpu = self.target is not None and self.target.platform == "tpu"
+        return is_tpu and self.implementation in ("auto", "tpu")
 
 
 def cached_attention(
@@ -80,6 +96,18 @@ def _write_and_attend(
 ) -> tuple[Array, Array]:
     scores, head_dim = ScoreOptions(options.scale), heads.q.shape[-1]
     tables, lengths = batch.block_tables, batch.lengths
+    if batch.is_decode and options.stores_while_attending:
+        tokens = NewTokens(*rotate_and_widen(heads, rotation, norms, kv.shape[-1]))
+        out, kv = paged_attention_update(
+            tokens,
+            kv,
+            tables,
+            lengths,
+            scores,
+            implementation=options.implementation,
+            target=options.target,
+        )
+        return out[:, :, :head_dim], kv
     # Write first: from here on only the new pool is used, so that it is updated in
     # place, and the kernels find cached and new tokens in one place.
     q, kv = qkv_write(
@@ -121,4 +149,8 @@ def copy_cache_blocks(
     targets: Int[Array, " C"],
 ) -> tuple[Shaped[Array, "B ..."], ...]:
     """Copies whole blocks in every pool; targets past the pool are dropped."""
-    return tuple(copy_blocks(pool, sources, targets) for pool in pools)
+    # By XLA, which divides gather and scatter among the devices as the pools are.
+    return tuple(
+        copy_blocks(pool, sources, targets, implementation="reference")
+        for pool in pools
+    )

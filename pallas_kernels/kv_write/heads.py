@@ -62,15 +62,19 @@ class HeadNorms:
     weight_offset: int = 0
 
 
-def prepare(
-    heads: Heads, rotation: Rotation, norms: HeadNorms | None
-) -> tuple[Float[Array, "T H D"], Float[Array, "T K D"]]:
-    """Normalises and rotates queries and keys; in float32, rounded in between."""
-    q, keys = heads.q, heads.keys
+def rotate_and_widen(
+    heads: Heads, rotation: Rotation, norms: HeadNorms | None, width: int
+) -> Heads:
+    """Normalises and rotates queries and keys, and appends zeros up to `width`.
+
+    In float32, rounded in between; see `api.qkv_write`.
+    """
+    q, keys, values = heads
     if norms is not None:
         q = _normalise(q, norms.q, norms)
         keys = _normalise(keys, norms.keys, norms)
-    return rotate(q, rotation), rotate(keys, rotation)
+    rotated = (rotate(q, rotation), rotate(keys, rotation), values)
+    return Heads(*(_widen(x, width) for x in rotated))
 
 
 def stored(
@@ -87,6 +91,11 @@ def stored(
     if dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(new, jnp.uint16)
     return new.astype(dtype)
+
+
+def _widen(x: Float[Array, "T N D"], width: int) -> Float[Array, "T N W"]:
+    missing = width - x.shape[2]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, missing))) if missing else x
 
 
 def _normalise(

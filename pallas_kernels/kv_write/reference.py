@@ -4,7 +4,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
-from pallas_kernels.kv_write.heads import HeadNorms, Heads, Rotation, prepare, stored
+from pallas_kernels.kv_write.heads import (
+    HeadNorms,
+    Heads,
+    Rotation,
+    rotate_and_widen,
+    stored,
+)
 
 
 def kv_write_reference(
@@ -45,15 +51,8 @@ def qkv_write_reference(
     kv_scales: Float[Array, "2 K"] | None,
 ) -> tuple[Float[Array, "T H W"], Shaped[Array, "B 2 K P W"]]:
     """Normalises, rotates, then scatters; see `api.qkv_write`."""
-    q, keys = prepare(heads, rotation, norms)
-    q, keys, values = (widen(x, kv.shape[4]) for x in (q, keys, heads.values))
+    q, keys, values = rotate_and_widen(heads, rotation, norms, kv.shape[4])
     return q, kv_write_reference(kv, keys, values, slots, kv_scales)
-
-
-def widen(x: Float[Array, "T N D"], width: int) -> Float[Array, "T N W"]:
-    """Appends zeros to each head."""
-    missing = width - x.shape[2]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, missing))) if missing else x
 
 
 def copy_blocks_reference(

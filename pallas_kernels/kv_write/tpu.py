@@ -19,8 +19,7 @@ from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.common.elementwise import as_float32, saturate, struct
 from pallas_kernels.common.target import Target
-from pallas_kernels.kv_write.heads import HeadNorms, Heads, Rotation, prepare
-from pallas_kernels.kv_write.reference import widen
+from pallas_kernels.kv_write.heads import HeadNorms, Heads, Rotation, rotate_and_widen
 
 LANES = 128
 TILE_BYTES = 32
@@ -132,8 +131,7 @@ def qkv_write_tpu(
     target: Target,
 ) -> tuple[Float[Array, "T H W"], Shaped[Array, "B 2 K P W"]]:
     """Normalises and rotates in a fusion of XLA, then writes; see `api.qkv_write`."""
-    q, keys = prepare(heads, rotation, norms)
-    q, keys, values = (widen(x, kv.shape[4]) for x in (q, keys, heads.values))
+    q, keys, values = rotate_and_widen(heads, rotation, norms, kv.shape[4])
     return q, kv_write_tpu(kv, keys, values, slots, kv_scales, target=target)
 
 
