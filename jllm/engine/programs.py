@@ -223,7 +223,10 @@ class ProgramBuilder:
         self, step: Callable[..., Any], arguments: tuple[Any, ...], state_at: int | None
     ) -> Compiled:
         """Compiles with the state donated and every result placed."""
-        result = jax.eval_shape(step, *arguments)
+        # Traced here; lowering finds the trace again.
+        with collect_fallbacks() as found:
+            result = jax.eval_shape(step, *arguments)
+        self.fallbacks.update(found)
         places: Any = jax.tree.map(lambda _: self._place, result)
         if state_at is not None:
             state = jax.tree.map(lambda leaf: leaf.sharding, self._state)
@@ -237,10 +240,7 @@ class ProgramBuilder:
             out_shardings=places,
             keep_unused=True,
         )
-        with collect_fallbacks() as found:
-            lowered = jitted.lower(*arguments)
-        self.fallbacks.update(found)
-        return lowered.compile()
+        return jitted.lower(*arguments).compile()
 
 
 def fresh_bytes(program: Compiled) -> int:

@@ -1,5 +1,6 @@
 """What a step costs, counted: dispatches, copies, compilations, programs, addresses."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels.paged_attention import api as paged_api
 from tests.engines import drain, make_engine, request, shared_engine
 
 EXTRAS = [
@@ -51,6 +53,21 @@ def test_a_plain_step_is_one_dispatch_and_two_copies(engine, temperature):
     steps, dispatches, uploads, downloads = deltas(engine, lambda: drain(engine))
     assert steps > 10
     assert dispatches == uploads == downloads == steps
+
+
+def test_kernels_that_fall_back_are_counted_and_logged(monkeypatch, caplog):
+    assert shared_engine().metrics.kernel_fallbacks == 0
+    # Heads of width 24 do not fill the registers of a TPU.
+    order = dataclasses.replace(paged_api.OPERATION, cpu=("tpu", "blocked"))
+    monkeypatch.setattr(paged_api, "OPERATION", order)
+    with caplog.at_level("WARNING"):
+        engine = make_engine()
+        engine.add(request("one", range(3, 9), temperature=0, max_tokens=3))
+        assert len(drain(engine)) > 0
+    assert engine.metrics.kernel_fallbacks == 1
+    (record,) = [r for r in caplog.records if "paged_attention" in r.getMessage()]
+    assert "tpu cannot be used here" in record.getMessage()
+    engine.close()
 
 
 @pytest.mark.parametrize("extra", EXTRAS, ids=lambda extra: "-".join(extra))
