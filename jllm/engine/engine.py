@@ -17,6 +17,7 @@ from jllm.engine.logprobs import (
     next_tokens,
     token_logprobs,
     wants_prompt_logprobs,
+    wants_sampler,
 )
 from jllm.engine.programs import (
     ProgramOptions,
@@ -239,26 +240,22 @@ class Engine:
         vector = self._upload(pack(plan, layout, self._start_fields))
         self._state, result = program(parts.weights, self._state, vector)
         self.metrics.dispatches += 1
-        packed, has_logprobs = result.packed, False
-        if any(
-            row.samples and job.rules is not None
-            for row, job in zip(plan.rows, jobs, strict=True)
-        ):
+        packed, prompt_packed = result.packed, None
+        has_logprobs = wants_prompt or wants_sampler(plan, jobs)
+        if has_logprobs:
             self._place_rules(plan, jobs)
-            sampler = parts.programs.sampler(layout.num_rows)
-            self._state, packed = sampler(
-                self._state, result.logits, result.sampled_rows, self._device_rules
-            )
             self.metrics.dispatches += 1
-            has_logprobs = True
-        packed.copy_to_host_async()
-        prompt_packed = None
         if wants_prompt:
             targets = self._upload(next_tokens(plan, jobs, layout.num_tokens))
-            scorer = parts.programs.prompt_logprobs()
-            prompt_packed = scorer(parts.weights, result.hidden, targets)
-            self.metrics.dispatches += 1
+            self._state, (packed, prompt_packed) = parts.programs.prompt_logprobs()(
+                parts.weights, self._state, result, targets, self._device_rules
+            )
             prompt_packed.copy_to_host_async()
+        elif has_logprobs:
+            self._state, packed = parts.programs.sampler(layout.num_rows)(
+                self._state, result.logits, result.sampled_rows, self._device_rules
+            )
+        packed.copy_to_host_async()
         self.metrics.kernel_fallbacks = parts.programs.num_fallbacks
         self.metrics.steps += 1
         self.metrics.scheduled_tokens += plan.num_tokens

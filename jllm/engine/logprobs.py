@@ -18,6 +18,14 @@ def wants_prompt_logprobs(plan: StepPlan, jobs: Sequence[Job]) -> bool:
     )
 
 
+def wants_sampler(plan: StepPlan, jobs: Sequence[Job]) -> bool:
+    """Whether a row that samples has rules, or is to have log-probabilities."""
+    return any(
+        row.samples and job.rules is not None
+        for row, job in zip(plan.rows, jobs, strict=True)
+    )
+
+
 def next_tokens(plan: StepPlan, jobs: Sequence[Job], num_tokens: int) -> np.ndarray:
     """For every token of the step the prompt token after it, zero past the prompt."""
     targets = np.zeros(num_tokens, np.int32)

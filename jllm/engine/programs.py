@@ -192,12 +192,21 @@ class ProgramBuilder:
 
     def prompt_logprobs(self) -> Compiled:
         """The second program of a prefill step of the largest size."""
-        step = partial(prompt_logprobs_step, self._model, self._options.num_logprobs)
-        size = self._options.sizes.tokens[-1]
-        hidden = self.result(self._options.table_rows).hidden
-        hidden = self._array((size, hidden.shape[1]), hidden.dtype)
-        arguments = (self._weights, hidden, self._array((size,), jnp.int32))
-        return self._compile(step, arguments, state_at=None)
+        options = self._options
+        step = partial(
+            prompt_logprobs_step, self._model, options.draw_method, options.num_logprobs
+        )
+        size = options.sizes.tokens[-1]
+        result = self.result(options.table_rows)
+        hidden = self._array((size, result.hidden.shape[1]), result.hidden.dtype)
+        arguments = (
+            self._weights,
+            self._state,
+            dataclasses.replace(result, hidden=hidden),
+            self._array((size,), jnp.int32),
+            self._array((options.table_rows, options.rule_size), jnp.int32),
+        )
+        return self._compile(step, arguments, state_at=1)
 
     def result(self, num_rows: int) -> StepResult:
         """Description of what a decode step of `num_rows` rows leaves."""
@@ -335,7 +344,7 @@ class Programs:
         _, program = self.largest_prefill()
         logits = self._builder.result(self._options.table_rows).logits
         shard = logits.sharding.shard_shape(logits.shape)
-        rows = max(shard[0], PROMPT_CHUNK)
+        rows = shard[0] + PROMPT_CHUNK
         return max(fresh_bytes(program), LOGITS_COPIES * 4 * rows * shard[1])
 
     def close(self) -> None:

@@ -152,15 +152,29 @@ def sampler_step(
 
 def prompt_logprobs_step(
     model: Model,
+    method: DrawMethod,
     num_logprobs: int,
     weights: Weights,
-    hidden: Float[Array, "T E"],
+    state: EngineState,
+    result: StepResult,
     targets: Int[Array, " T"],
-) -> Int[Array, "T W"]:
-    """Log-probabilities of given next tokens, never tokens x vocabulary in memory."""
-    return prompt_logprobs(
-        hidden, targets, lambda some: model.logits(weights, some), num_logprobs
+    rules: Int[Array, "R X"],
+) -> tuple[EngineState, tuple[Int[Array, "S W"], Int[Array, "T W"]]]:
+    """Does what `sampler_step` does, and scores given next tokens of the prompt.
+
+    Both in one program, so that no step has a third; never tokens x vocabulary in
+    memory. Donates: state.
+    """
+    state, packed = sampler_step(
+        method, num_logprobs, state, result.logits, result.sampled_rows, rules
     )
+    scores = prompt_logprobs(
+        result.hidden,
+        targets,
+        lambda some: model.logits(weights, some),
+        num_logprobs,
+    )
+    return state, (packed, scores)
 
 
 def _live(rows: RowTable, row_ids: Array, state: EngineState) -> Bool[Array, " S"]:

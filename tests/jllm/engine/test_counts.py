@@ -24,6 +24,7 @@ EXTRAS = [
     {"allowed_token_ids": [3, 4, 5, 6, 7]},
     {"min_tokens": 4},
     {"prompt_logprobs": 2, "temperature": 0},
+    {"prompt_logprobs": 2, "top_p": 0.9, "logprobs": 2},
     {"logprob_token_ids": [1, 2, 3]},
     {"bad_words_token_ids": ((3, 4), (9,))},
 ]
