@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks and times everything on an NVIDIA GPU: prints tables, appends to
 # benchmarks/results. Needs an environment with jllm[cuda13,test] (or cuda12); torch is
-# compared where it is installed. About ten minutes on an H200.
+# compared where it is installed.
 #   PYTHON=.venv/bin/python bash benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -175,7 +175,13 @@ def main() -> None:
             if arguments.cases not in case.name or (arguments.small and size > 1):
                 continue
             lines = measure(case, arguments, limit)
-            is_wrong |= any(line.get("is_correct") is False for line in lines)
+            is_wrong |= any(
+                line.get("is_correct") is False
+                or (
+                    "failure" in line and line["implementation"] in case.implementations
+                )
+                for line in lines
+            )
             if arguments.record:
                 facts = limit | {"device": device}
                 record.append("kernels", [line | facts for line in lines])

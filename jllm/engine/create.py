@@ -119,9 +119,16 @@ def resolve_options(
     """Decides what the options leave open, from the model and the device.
 
     Raises:
-        ConfigError: `max_model_len` is longer than the model's context.
+        ConfigError: `max_model_len` is longer than the model's context, or the kernels
+            asked for are for other devices.
     """
     is_cpu = platform == "cpu"
+    wanted = config.attention.partition("_")[0]
+    if wanted in ("gpu", "tpu") and wanted != platform:
+        raise ConfigError(
+            f"attention={config.attention!r} needs a {wanted.upper()}; the model runs "
+            f"on a {platform.upper()}"
+        )
     longest = longest_context(model_config)
     max_model_len = config.max_model_len or longest
     if max_model_len > longest:
@@ -223,9 +230,14 @@ def _assemble(
 ) -> Engine:
     """Compiles, sizes the pool, and puts the parts together."""
     place = NamedSharding(mesh, PartitionSpec())
-    options, programs = _programs_that_fit(
-        config, resolved, model, weights, place, capacity
-    )
+    try:
+        options, programs = _programs_that_fit(
+            config, resolved, model, weights, place, capacity
+        )
+    except NotImplementedError as error:  # "auto" would have gone on to another kernel
+        raise ConfigError(
+            f"attention={config.attention!r} cannot run this model: {error}"
+        ) from error
     pool_tokens = options.num_blocks * resolved.block_size
     max_model_len = min(resolved.max_model_len, pool_tokens)
     if config.max_model_len is not None and max_model_len < config.max_model_len:

@@ -6,8 +6,9 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from jllm.errors import ContextTooLongError, InvalidRequestError
+from jllm.errors import ConfigError, ContextTooLongError, InvalidRequestError
 from jllm.types import SamplingParams
+from pallas_kernels.ragged_attention import blocked
 from tests.engines import drain, make_engine, request, run, shared_engine, tokens_of
 
 VOCAB = 331
@@ -131,3 +132,18 @@ def test_a_row_that_is_not_finite_fails_alone():
     engine.scheduler.check_integrity()
     assert engine.scheduler.num_free_blocks == 256
     engine.close()
+
+
+@pytest.mark.parametrize("attention", ["gpu_triton", "gpu_mosaic", "tpu"])
+def test_kernels_of_another_device_are_refused(attention):
+    with pytest.raises(ConfigError, match=f"attention='{attention}' needs a .* a CPU"):
+        make_engine(attention=attention)
+
+
+def test_a_forced_kernel_that_cannot_run_the_model_is_named(monkeypatch):
+    def refuse(*arguments):
+        raise NotImplementedError("head width 24 is odd")
+
+    monkeypatch.setattr(blocked, "ragged_attention_blocked", refuse)
+    with pytest.raises(ConfigError, match=r"'blocked' cannot run .*: head width 24"):
+        make_engine(attention="blocked")
