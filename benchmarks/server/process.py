@@ -1,0 +1,98 @@
+"""A `jllm serve` of its own process, on a free port, with its resources in view."""
+
+import contextlib
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import psutil
+
+START_SECONDS = 180.0
+STOP_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a server process holds.
+
+    Attributes:
+        rss_mib: Resident memory.
+        files: Open file descriptors.
+        threads: Threads.
+        state: Answer of `/engine/state`.
+    """
+
+    rss_mib: float
+    files: int
+    threads: int
+    state: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    base_url: str
+    process: subprocess.Popen
+
+    def get(self, path: str) -> bytes:
+        """Body of a GET."""
+        with urllib.request.urlopen(f"{self.base_url}{path}", timeout=10) as answer:
+            return answer.read()
+
+    def resources(self) -> Resources:
+        """What it holds now."""
+        process = psutil.Process(self.process.pid)
+        return Resources(
+            rss_mib=process.memory_info().rss / 2**20,
+            files=process.num_fds(),
+            threads=process.num_threads(),
+            state=json.loads(self.get("/engine/state")),
+        )
+
+
+@contextlib.contextmanager
+def serving(*flags: str) -> Iterator[Server]:
+    """Serves the embedded model until the block ends; it must stop by itself then."""
+    port = free_port()
+    command = [sys.executable, "-m", "jllm", "serve", "--port", str(port), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    server = Server(f"http://127.0.0.1:{port}", process)
+    try:
+        wait_until_ready(server)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_until_ready(server: Server) -> None:
+    """Returns when `/ready` answers 200.
+
+    Raises:
+        TimeoutError: It did not in time, or the process has ended.
+    """
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and server.process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            server.get("/ready")
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"the server was not ready: {server.process.poll()=}")

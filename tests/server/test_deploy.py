@@ -1,0 +1,64 @@
+"""The deployment files: valid by their schemas, and in step with the server."""
+
+import json
+import pathlib
+import re
+
+import kubernetes_validate
+import pytest
+import yaml
+
+FOLDER = pathlib.Path(__file__).parents[2] / "server" / "deploy"
+MANIFESTS = sorted(FOLDER.glob("kubernetes-*.yaml"))
+
+
+def documents(manifest):
+    return list(yaml.safe_load_all(manifest.read_text()))
+
+
+def deployment(manifest):
+    return next(d for d in documents(manifest) if d["kind"] == "Deployment")
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.stem)
+def test_manifest_is_valid(manifest):
+    for document in documents(manifest):
+        kubernetes_validate.validate(document, "1.31", strict=True)
+
+
+def test_a_misspelt_field_would_be_found():
+    document = deployment(MANIFESTS[0])
+    document["spec"]["replica"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
+        kubernetes_validate.validate(document, "1.31", strict=True)
+
+
+def test_compose_file_is_valid():
+    from check_jsonschema.builtin_schemas import get_builtin_schema
+    from jsonschema import Draft7Validator
+
+    schema = get_builtin_schema("vendor.compose-spec")
+    compose = yaml.safe_load((FOLDER / "compose.yaml").read_text())
+    assert not list(Draft7Validator(schema).iter_errors(compose))
+
+
+def test_the_dockerfile_copies_every_package():
+    text = (FOLDER / "Dockerfile").read_text()
+    for package in ("jllm", "pallas_kernels", "shardings", "server"):
+        assert f"COPY {package} {package}" in text
+
+
+def test_dashboard_asks_for_metrics_that_the_server_has():
+    from server.metrics import ServerMetrics
+
+    known = set(re.findall(r"^# TYPE (\S+)", exposition(ServerMetrics), re.M))
+    dashboard = json.loads((FOLDER / "grafana.json").read_text())
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            for name in re.findall(r"jllm:\w+", target["expr"]):
+                base = re.sub(r"_(bucket|total)$", "", name)
+                assert {base, f"{base}_total"} & known, name
+
+
+def exposition(_):
+    raise NotImplementedError
