@@ -116,12 +116,7 @@ export class Chat {
       view.reasoning.hidden = false;
       view.reasoning.append(piece.reasoning);
     }
-    // A piece may hold tokens whose text comes with a later one: the text decides.
-    if (piece.tokens.length && piece.text === textOf(piece.tokens)) {
-      view.text.append(...piece.tokens.map(tokenElement));
-    } else if (piece.text) {
-      view.text.append(piece.text);
-    }
+    view.text.append(...pieceElements(piece));
     for (const call of piece.calls) this.#appendCall(view, call);
     if (follow) this.log.scrollTop = this.log.scrollHeight;
   }
@@ -165,8 +160,18 @@ function element(kind, classes) {
   return result;
 }
 
-function textOf(tokens) {
-  return tokens.map((token) => token.text).join("");
+/** The text of a piece token by token, or as it is where the tokens do not make it up.
+ *
+ * They do not where a character is shared by tokens, or where a stop token was cut off.
+ */
+function pieceElements(piece) {
+  let made = "";
+  const shown = piece.tokens.filter((token) => {
+    const fits = token.text !== "" && piece.text.startsWith(made + token.text);
+    if (fits) made += token.text;
+    return fits;
+  });
+  return made === piece.text ? shown.map(tokenElement) : [piece.text];
 }
 
 function tokenElement(token) {

@@ -99,7 +99,8 @@ export class EngineView {
 
 function shareInUse(blocks) {
   const used = blocks.used + blocks.shared;
-  return `${((100 * used) / (used + blocks.free + blocks.cached)).toFixed(1)} %`;
+  const total = used + blocks.free + blocks.cached;
+  return total ? `${((100 * used) / total).toFixed(1)} %` : "–";
 }
 
 function milliseconds(seconds) {
@@ -139,6 +140,7 @@ function drawRates(canvas, rates) {
 
 /** Draws one small square per cell, each a block or a run of blocks. */
 function drawBlocks(canvas, map) {
+  if (!map) return;
   const gap = 1;
   const available = canvas.clientWidth;
   const size = Math.max(3, Math.min(12, Math.floor(Math.sqrt((available * 160) / map.length))));
