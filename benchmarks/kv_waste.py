@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from benchmarks import record
 from jllm.config import SchedulerConfig
 from jllm.scheduler.request import Request
-from jllm.scheduler.scheduler import RowResult, Scheduler
+from jllm.scheduler.scheduler import Scheduler
 
 GOAL_PERCENT = 4.0
 FILLER_TOKEN = 0
@@ -79,7 +79,6 @@ def replay(config: SchedulerConfig, lengths: list[tuple[int, int]]) -> dict[str,
     """Runs all requests, keeping the queue full; returns the figures."""
     scheduler, samples = Scheduler(config), Samples()
     source = requests(lengths, config.max_model_len)
-    results = [RowResult(FILLER_TOKEN, finite=True)] * config.max_num_seqs
     previous, more = None, True
     while more or scheduler.has_unfinished:
         while more and scheduler.num_waiting < config.max_num_seqs:
@@ -91,7 +90,7 @@ def replay(config: SchedulerConfig, lengths: list[tuple[int, int]]) -> dict[str,
         if plan is not None:
             measure(scheduler, config, samples)
         if previous is not None:
-            scheduler.commit(previous, results[: len(previous.rows)])
+            scheduler.commit(previous, [FILLER_TOKEN] * previous.num_rows)
         previous = plan
     return {
         "requests": len(lengths),
@@ -109,7 +108,7 @@ def replay(config: SchedulerConfig, lengths: list[tuple[int, int]]) -> dict[str,
 def measure(scheduler: Scheduler, config: SchedulerConfig, samples: Samples) -> None:
     """Notes slots in use and reserved; a block set aside is reserved too."""
     running = scheduler.running
-    used = sum(request.num_computed_tokens for request in running)
+    used = sum(scheduler.num_computed_tokens(request) for request in running)
     blocks = sum(len(r.block_ids) + r.num_reserved_blocks for r in running)
     samples.waste.append((blocks * config.block_size - used) / used)
     samples.running.append(len(running))

@@ -16,6 +16,7 @@ from benchmarks import record
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+TPUS = ("v5e", "v6e", "tpu7x")
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -66,6 +67,113 @@ def offline() -> str:
     )
 
 
+def peers() -> str:
+    """jllm and other engines on the same checkpoint, in turns."""
+    keys = ("model", "dtype", "workload", "requests", "engine")
+    rows = latest(record.read("peers"), *keys)
+    return markdown(
+        [
+            "model",
+            "type",
+            "requests",
+            "engine",
+            "output tokens/s",
+            "jllm is faster by",
+            "spread",
+            "foreign cores",
+            "rounds",
+        ],
+        [
+            [
+                row["model"],
+                row["dtype"],
+                f"{row['requests']} x {row['workload']}",
+                f"{row['engine']} {row['version'].partition(',')[0]}",
+                f"{row['output_tokens_per_second']:,.1f}",
+                "" if row["engine"] == "jllm" else _ratio(row),
+                f"{row['spread']:.0%}",
+                row["foreign_cores"],
+                row["rounds"],
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    ratio = row.get("jllm_is_faster_by")
+    return "" if ratio is None else f"{ratio:.2f} x"
+
+
+def cpu_products() -> str:
+    """The engine's steps beside the bare products of the network."""
+    rows = latest(record.read("cpu_products"), "model", "dtype", "kind", "rows")
+    return markdown(
+        [
+            "model",
+            "type",
+            "step",
+            "products, ms",
+            "engine, ms",
+            "tokens/s",
+            "share of the products' speed",
+        ],
+        [
+            [
+                row["model"],
+                row["dtype"],
+                f"{row['kind']}, {row['rows']}",
+                row["products_ms"],
+                row["engine_ms"],
+                f"{row['engine_tokens_per_second']:,.0f}",
+                f"{row['share_percent']:.0f} %",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def prefix_cache() -> str:
+    """Throughput with the prefix cache on, of that with it off."""
+    rows = latest(record.read("prefix_cache"), "model", "shared_percent")
+    return markdown(
+        ["model", "prompt shared", "on, tokens/s", "off, tokens/s", "on / off"],
+        [
+            [
+                row["model"],
+                f"{row['shared_percent']} %",
+                f"{row['on_tokens_per_second']:,.0f}",
+                f"{row['off_tokens_per_second']:,.0f}",
+                f"{row['ratio']:.2f} x",
+            ]
+            for row in rows
+        ],
+    )
+
+
+HOST_PHASES = ("schedule", "pack", "dispatch", "collect", "commit", "report", "deliver")
+
+
+def host_loop() -> str:
+    """The host's part of a decode step, by phase."""
+    rows = latest(record.read("host_loop"), "rows", "case")
+    reader = ("detokenise", "stream")
+    return markdown(
+        ["rows", "case", *HOST_PHASES, "step, us", "goal (stretch)", *reader],
+        [
+            [
+                row["rows"],
+                row["case"],
+                *(f"{row[phase]:.0f}" for phase in HOST_PHASES),
+                f"{row['step']:.0f}",
+                f"{row['goal']} ({row['stretch_goal']})",
+                *(f"{row[phase]:.0f}" for phase in reader),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def sampling_draw() -> str:
     """Time of a draw by the two methods."""
     rows = latest(record.read("sampling_draw"), "rows", "vocab_size", "method")
@@ -73,6 +181,24 @@ def sampling_draw() -> str:
         ["rows", "vocabulary", "method", "median ms"],
         [
             [row["rows"], row["vocab_size"], row["method"], row["median_ms"]]
+            for row in rows
+        ],
+    )
+
+
+def sampling_thresholds() -> str:
+    """Time of top-k and top-p by bisection and as the sampler does it on a CPU."""
+    rows = latest(record.read("sampling_thresholds"), "rules", "rows", "vocab_size")
+    return markdown(
+        ["rules", "rows", "bisection ms", "blocked ms", "faster by"],
+        [
+            [
+                row["rules"],
+                row["rows"],
+                row["bisection_ms"],
+                row["blocked_ms"],
+                f"{row['blocked_is_faster_by']:.1f} x",
+            ]
             for row in rows
         ],
     )
@@ -114,28 +240,100 @@ def aot_kernels() -> str:
     for row in newest:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return markdown(
-        ["operation", "kernel", "device", "compiled", "registers", "spilled bytes"],
+        [
+            "operation",
+            "kernel",
+            "device",
+            "compiled",
+            "registers",
+            "spilled bytes",
+            "shared KiB",
+            "VMEM MiB",
+            "SMEM KiB",
+        ],
         [
             [
                 *group,
                 f"{sum('custom_calls' in row for row in rows)} of {len(rows)}",
                 _largest(rows, "registers"),
                 _largest(rows, "spilled_bytes"),
+                _in_units(_largest(rows, "shared_bytes"), 1 << 10),
+                _in_units(_largest_of_rows(rows, "vmem_bytes"), 1 << 20),
+                _in_units(_largest_of_rows(rows, "smem_bytes"), 1 << 10),
             ]
             for group, rows in sorted(groups.items())
         ],
     )
 
 
+def aot_estimates() -> str:
+    """What the TPU compiler estimates of the first case of each operation."""
+    newest = latest(
+        record.read("aot_kernels"), "operation", "implementation", "device", "case"
+    )
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in newest:
+        if row["implementation"] == "tpu" and "vmem_bytes" in row:
+            cases = groups.setdefault(row["operation"], {})
+            if row["case"] in cases or not cases:
+                cases.setdefault(row["case"], {})[row["device"]] = row
+    return markdown(
+        ["operation", "case", "MB at least", "estimated MB", *_estimated_on()],
+        [
+            [
+                operation,
+                case,
+                f"{next(iter(rows.values()))['num_bytes'] / 1e6:,.1f}",
+                f"{next(iter(rows.values()))['estimated_bytes'] / 1e6:,.1f}",
+                *(_microseconds(rows.get(name)) for name in TPUS),
+            ]
+            for operation, cases in sorted(groups.items())
+            for case, rows in cases.items()
+        ],
+    )
+
+
+def _estimated_on() -> list[str]:
+    return [f"estimated µs, {name}" for name in TPUS]
+
+
+def _microseconds(row: dict[str, Any] | None) -> str:
+    if row is None or row["estimated_seconds"] is None:
+        return ""
+    return f"{row['estimated_seconds'] * 1e6:,.1f}"
+
+
+def _in_units(size: Any, unit: int) -> str:
+    return "" if size == "" else f"{size / unit:,.1f}"
+
+
+def _largest_of_rows(rows: Sequence[dict[str, Any]], field: str) -> object:
+    """The largest figure of some rows, empty where none is known."""
+    return max((row[field] for row in rows if field in row), default="")
+
+
 def _largest(rows: Sequence[dict[str, Any]], field: str) -> object:
     """The largest figure of any kernel of some rows, empty where none is known."""
     kernels = [kernel for row in rows for kernel in row.get("kernels", [])]
-    return max((kernel[field] for kernel in kernels), default="")
+    known = (kernel[field] for kernel in kernels if field in kernel)
+    return max(known, default="")
 
 
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (aot_kernels, aot_steps, kv_waste, offline, sampling_draw)
+    for table in (
+        aot_estimates,
+        aot_kernels,
+        aot_steps,
+        cpu_products,
+        host_loop,
+        kv_waste,
+        offline,
+        peers,
+        prefix_cache,
+        sampling_draw,
+        sampling_thresholds,
+    )
 }
 
 

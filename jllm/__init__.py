@@ -23,6 +23,7 @@ from jllm.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
+from jllm.metrics import STEP_TOKEN_BOUNDS, BlockState, EngineStats
 from jllm.types import (
     CompletionOutput,
     Logprob,
@@ -30,28 +31,55 @@ from jllm.types import (
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
+    StructuredOutputsParams,
 )
 
 __all__ = [
     "LLM",  # pyright: ignore[reportUnsupportedDunderAll]
+    "STEP_TOKEN_BOUNDS",
     "AsyncLLM",  # pyright: ignore[reportUnsupportedDunderAll]
+    "BlockState",
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "ContentDelta",  # pyright: ignore[reportUnsupportedDunderAll]
     "ContextTooLongError",
     "EngineConfig",
+    "EngineStats",
     "EngineStoppedError",
     "InvalidRequestError",
     "JllmError",
     "Logprob",
     "ModelNotFoundError",
+    "OutputParser",  # pyright: ignore[reportUnsupportedDunderAll]
+    "ReasoningDelta",  # pyright: ignore[reportUnsupportedDunderAll]
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
+    "ToolCallDelta",  # pyright: ignore[reportUnsupportedDunderAll]
     "UnsupportedModelError",
     "__version__",  # pyright: ignore[reportUnsupportedDunderAll]
+    "detect_parsers",  # pyright: ignore[reportUnsupportedDunderAll]
+    "make_output_parser",  # pyright: ignore[reportUnsupportedDunderAll]
+    "prompt_opens_reasoning",  # pyright: ignore[reportUnsupportedDunderAll]
+    "reasoning_markers",  # pyright: ignore[reportUnsupportedDunderAll]
+    "tool_constraint",  # pyright: ignore[reportUnsupportedDunderAll]
 ]
+
+_PARSER_MODULES = {
+    "ContentDelta": "deltas",
+    "OutputParser": "output_parser",
+    "ReasoningDelta": "deltas",
+    "ToolCallDelta": "deltas",
+    "detect_parsers": "registry",
+    "make_output_parser": "output_parser",
+    "prompt_opens_reasoning": "output_parser",
+    "reasoning_markers": "output_parser",
+    "tool_constraint": "constraint",
+}
+"""Names of the front door to the modules of `jllm.text.parsers` that hold them."""
 
 
 def __getattr__(name: str) -> Any:
@@ -60,6 +88,9 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("jllm.llm").LLM
     if name == "AsyncLLM":
         return importlib.import_module("jllm.async_llm").AsyncLLM
+    if name in _PARSER_MODULES:
+        module = f"jllm.text.parsers.{_PARSER_MODULES[name]}"
+        return getattr(importlib.import_module(module), name)
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("jllm")
     raise AttributeError(f"module 'jllm' has no attribute {name!r}")

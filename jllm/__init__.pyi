@@ -10,11 +10,26 @@ from jllm.errors import JllmError as JllmError
 from jllm.errors import ModelNotFoundError as ModelNotFoundError
 from jllm.errors import UnsupportedModelError as UnsupportedModelError
 from jllm.llm import LLM as LLM
+from jllm.metrics import STEP_TOKEN_BOUNDS as STEP_TOKEN_BOUNDS
+from jllm.metrics import BlockState as BlockState
+from jllm.metrics import EngineStats as EngineStats
+from jllm.text.parsers.constraint import tool_constraint as tool_constraint
+from jllm.text.parsers.deltas import ContentDelta as ContentDelta
+from jllm.text.parsers.deltas import ReasoningDelta as ReasoningDelta
+from jllm.text.parsers.deltas import ToolCallDelta as ToolCallDelta
+from jllm.text.parsers.output_parser import OutputParser as OutputParser
+from jllm.text.parsers.output_parser import make_output_parser as make_output_parser
+from jllm.text.parsers.output_parser import (
+    prompt_opens_reasoning as prompt_opens_reasoning,
+)
+from jllm.text.parsers.output_parser import reasoning_markers as reasoning_markers
+from jllm.text.parsers.registry import detect_parsers as detect_parsers
 from jllm.types import CompletionOutput as CompletionOutput
 from jllm.types import Logprob as Logprob
 from jllm.types import RequestMetrics as RequestMetrics
 from jllm.types import RequestOutput as RequestOutput
 from jllm.types import RequestOutputKind as RequestOutputKind
 from jllm.types import SamplingParams as SamplingParams
+from jllm.types import StructuredOutputsParams as StructuredOutputsParams
 
 __version__: str

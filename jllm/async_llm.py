@@ -1,10 +1,9 @@
 """Online generation: requests come and go in an event loop while the engine runs."""
 
 import asyncio
-import collections
 import dataclasses
 import itertools
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -13,9 +12,12 @@ from jllm.config import EngineConfig, make_config
 from jllm.engine.create import create_engine
 from jllm.engine.loop import EngineLoop
 from jllm.errors import ConfigError, EngineStoppedError, InvalidRequestError
+from jllm.metrics import EngineStats
 from jllm.text.chat_template import ChatOptions
+from jllm.text.delivery import Mailbox, OpenRequest, OutputStream
 from jllm.text.output import RequestStream
 from jllm.text.prompts import PreparedRequest, Prompt, make_processor
+from jllm.text.tokenizer import Tokenizer
 from jllm.types import RequestOutput, SamplingParams, TokenOutput
 
 LONG_TEXT = 2048
@@ -33,8 +35,8 @@ class AsyncLLM:
         """Loads a model; see `LLM`."""
         self._config = config = make_config(model, options)
         self._ids = itertools.count()
-        self._open: dict[str, _OpenRequest] = {}
-        self._mailbox: _Mailbox | None = None
+        self._open: dict[str, OpenRequest] = {}
+        self._mailbox: Mailbox | None = None
         engine = create_engine(config)
         limits, info = engine.limits, engine.info
         self._max_model_len = limits.max_model_len
@@ -95,9 +97,65 @@ class AsyncLLM:
         Raises:
             ConfigError: It was not loaded.
         """
+        return self._need_tokenizer().hf
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._engine.limits.vocab_size
+
+    @property
+    def num_steps(self) -> int:
+        """Steps computed; grows as long as there is work and the engine lives."""
+        return self._loop.num_steps
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is work to do."""
+        return self._loop.is_busy
+
+    def stats(self) -> EngineStats:
+        """Returns what the engine is doing and has done."""
+        return self._engine.stats()
+
+    async def tokenize(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Splits text into tokens, beside the event loop."""
+        encode = self._need_tokenizer().encode
+        return await self._encode(
+            lambda: encode(text, add_special_tokens=add_special_tokens)
+        )
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Joins tokens into text, special ones included, beside the event loop."""
+        decode = self._need_tokenizer().decode
+        return await self._encode(lambda: decode(token_ids, skip_special=False))
+
+    def token_text(self, token_id: int) -> str:
+        """What a token adds to a text; U+FFFD for a part of a character."""
+        return self._need_tokenizer().token_text(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text."""
+        return self._need_tokenizer().token_bytes(token_id)
+
+    async def start_profile(self, folder: str) -> None:
+        """Begins to record what host and device do, for TensorBoard or Perfetto."""
+        import jax
+
+        await asyncio.to_thread(jax.profiler.start_trace, folder)
+
+    async def stop_profile(self) -> None:
+        """Ends the recording and writes it."""
+        import jax
+
+        await asyncio.to_thread(jax.profiler.stop_trace)
+
+    def _need_tokenizer(self) -> Tokenizer:
         if self._processor.tokenizer is None:
             raise ConfigError("there is no tokenizer: skip_tokenizer_init is set")
-        return self._processor.tokenizer.hf
+        return self._processor.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns what is used where no sampling parameters are given."""
@@ -130,6 +188,30 @@ class AsyncLLM:
             InvalidRequestError: The prompt or a parameter is wrong, or the id in use.
             EngineStoppedError: The engine has failed or was shut down.
         """
+        outputs = await self.submit(
+            prompt, sampling_params, request_id, priority=priority
+        )
+        try:
+            async for output in outputs:
+                yield output
+        finally:
+            outputs.close()
+
+    async def submit(
+        self,
+        prompt: Any,
+        sampling_params: Any = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        on_first_token: Callable[[], None] | None = None,
+    ) -> OutputStream:
+        """Queues one prompt; returns once the engine has accepted it.
+
+        Args and errors are those of `generate`, and `on_first_token` is called in the
+        event loop, whatever kind of outputs is asked for. The caller reads the stream
+        to its end or closes it, which ends the request.
+        """
         params = self._default_params if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(
@@ -143,21 +225,20 @@ class AsyncLLM:
                 f"request_id={request_id!r} is in use", parameter="request_id"
             )
         # The id is taken before anything is waited for.
-        opened = self._open[request_id] = _OpenRequest()
+        opened = self._open[request_id] = OpenRequest(on_first_token)
         try:
             prepared = await self._prepare(request_id, prompt, params, priority)
             stream = await self._submit(prepared, opened)
-            finished = False
-            while not finished:
-                await opened.wait()
-                output = stream.take()
-                if output is not None:
-                    finished = output.finished
-                    yield output
-        finally:
-            del self._open[request_id]
-            # Nothing is left to abort, unless the reader has left early.
-            self._loop.abort(request_id)
+        except BaseException:
+            self._end(request_id)
+            raise
+        tokens = prepared.request.prompt_token_ids
+        return OutputStream(opened, stream, tokens, lambda: self._end(request_id))
+
+    def _end(self, request_id: str) -> None:
+        del self._open[request_id]
+        # Nothing is left to abort, unless the reader has left early.
+        self._loop.abort(request_id)
 
     async def chat(
         self,
@@ -212,107 +293,38 @@ class AsyncLLM:
         prepare = self._processor.prepare
         if not self.is_running:
             raise EngineStoppedError(str(self.dead_error or "it was shut down"))
+        grammar = await self._processor.grammar(params)
+        arguments = request_id, prompt, params, priority, grammar
         if _num_characters(prompt) < LONG_TEXT:
-            return prepare(request_id, prompt, params, priority)
-        return await self._encode(prepare, request_id, prompt, params, priority)
+            return prepare(*arguments)
+        return await self._encode(prepare, *arguments)
 
     async def _encode(self, function: Callable[..., Any], *arguments: Any) -> Any:
         event_loop = asyncio.get_running_loop()
         return await event_loop.run_in_executor(self._encoder, function, *arguments)
 
     async def _submit(
-        self, prepared: PreparedRequest, opened: "_OpenRequest"
+        self, prepared: PreparedRequest, opened: OpenRequest
     ) -> RequestStream:
         """Hands a request to the engine, and its outputs to the stream returned."""
         stream = RequestStream(prepared, self._processor.tokenizer)
         mailbox = self._mailbox_of(asyncio.get_running_loop())
 
-        def receive(item: list[TokenOutput] | EngineStoppedError) -> None:
-            for index in opened.receive(item):
-                self._loop.abort(stream.request_id, index)
+        def receive(item: TokenOutput | EngineStoppedError) -> None:
+            if isinstance(item, EngineStoppedError):
+                opened.fail(item)
+            elif opened.receive(item):
+                self._loop.abort(stream.request_id, item.index)
 
         opened.open(stream)
         added = self._loop.add(prepared.request, mailbox.sink(receive))
         await asyncio.wrap_future(added)
         return stream
 
-    def _mailbox_of(self, event_loop: asyncio.AbstractEventLoop) -> "_Mailbox":
+    def _mailbox_of(self, event_loop: asyncio.AbstractEventLoop) -> Mailbox:
         if self._mailbox is None or self._mailbox.event_loop is not event_loop:
-            self._mailbox = _Mailbox(event_loop)
+            self._mailbox = Mailbox(event_loop)
         return self._mailbox
-
-
-class _OpenRequest:
-    """One open request, as the event loop sees it."""
-
-    def __init__(self) -> None:
-        self._stream: RequestStream | None = None
-        self._news = asyncio.Event()
-        self._error: EngineStoppedError | None = None
-        self._is_aborted = False
-
-    def open(self, stream: RequestStream) -> None:
-        """Names the stream, which an abort may have preceded."""
-        self._stream = stream
-        if self._is_aborted:
-            self.abort()
-
-    def receive(self, item: list[TokenOutput] | EngineStoppedError) -> list[int]:
-        """Takes what the engine sends; returns the sequences it has to end."""
-        self._news.set()
-        if isinstance(item, EngineStoppedError):
-            self._error = item
-            return []
-        stream = self._stream
-        assert stream is not None
-        return [output.index for output in item if stream.push(output)]
-
-    def abort(self) -> None:
-        """Ends the request on this side."""
-        self._is_aborted = True
-        if self._stream is not None:
-            self._stream.abort()
-        self._news.set()
-
-    async def wait(self) -> None:
-        """Waits for news.
-
-        Raises:
-            EngineStoppedError: They are that the engine has stopped.
-        """
-        await self._news.wait()
-        self._news.clear()
-        if self._error is not None:
-            raise EngineStoppedError(str(self._error)) from self._error
-
-
-class _Mailbox:
-    """Hands items of the engine's thread to an event loop, waking it once for many."""
-
-    def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
-        self.event_loop = event_loop
-        self._items: collections.deque[tuple[Callable[[Any], None], Any]] = (
-            collections.deque()
-        )
-        self._is_woken = False
-
-    def sink(self, receive: Callable[[Any], None]) -> Callable[[Any], None]:
-        """A function for the engine's thread that has `receive` called in the loop."""
-
-        def post(item: Any) -> None:
-            self._items.append((receive, item))
-            # Appended first, so that the drain that clears the flag sees the item.
-            if not self._is_woken:
-                self._is_woken = True
-                self.event_loop.call_soon_threadsafe(self._drain)
-
-        return post
-
-    def _drain(self) -> None:
-        self._is_woken = False
-        while self._items:
-            receive, item = self._items.popleft()
-            receive(item)
 
 
 def _num_characters(prompt: Any) -> int:

@@ -10,9 +10,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
+from jllm.bench.cli import add_parser as add_bench_parser
 from jllm.config import EngineConfig
 from jllm.errors import EngineStoppedError, InvalidRequestError, JllmError
 from jllm.flags import add_flags, given_values
@@ -23,6 +24,8 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 """The shell's code for a process ended by SIGPIPE."""
 
+COMMANDS_GROUP = "jllm.commands"
+"""Entry points of further commands; each loads a `Plugin`."""
 SAMPLING_FLAGS_LEFT_OUT = ("output_kind", "detokenize")
 ENGINE_FLAGS_LEFT_OUT = ("model",)
 ENGINE_FLAGS_RENAMED = {"seed": "engine-seed"}
@@ -38,6 +41,24 @@ DEMO_PROMPTS = (
     "A small bird sat",
     "Tom had a red ball",
 )
+
+
+class Plugin(Protocol):
+    """A command of another package, which this one must not import."""
+
+    @property
+    def summary(self) -> str:
+        """One line for the list of commands."""
+        ...
+
+    @property
+    def options(self) -> type[Any]:
+        """Dataclass whose fields become flags, beside those of the engine."""
+        ...
+
+    def run(self, engine: EngineConfig, options: Any) -> int:
+        """Runs the command; returns the exit code."""
+        ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,10 +116,13 @@ def make_parser() -> argparse.ArgumentParser:
             leave_out=SAMPLING_FLAGS_LEFT_OUT,
         )
     _add_command(commands, "demo", run_demo, "see what the embedded model writes")
+    for point in importlib.metadata.entry_points(group=COMMANDS_GROUP):
+        _add_plugin(commands, point.name, point.load())
     environment = commands.add_parser(
         "env", help="print versions and devices", allow_abbrev=False
     )
     environment.set_defaults(run=run_env, quiet=True)
+    add_bench_parser(commands)
     return parser
 
 
@@ -215,6 +239,8 @@ def _add_command(
     name: str,
     run: Callable[[argparse.Namespace], int],
     text: str,
+    *,
+    renamed: Mapping[str, str] = ENGINE_FLAGS_RENAMED,
 ) -> argparse.ArgumentParser:
     """Adds a command that loads a model."""
     parser = commands.add_parser(name, help=text, allow_abbrev=False)
@@ -232,9 +258,23 @@ def _add_command(
         parser.add_argument_group("engine"),
         EngineConfig,
         leave_out=ENGINE_FLAGS_LEFT_OUT,
-        renamed=ENGINE_FLAGS_RENAMED,
+        renamed=renamed,
     )
     return parser
+
+
+def _add_plugin(commands: Any, name: str, plugin: Plugin) -> None:
+    """Adds a command of a package above this one, with flags of its own."""
+
+    def run(options: argparse.Namespace) -> int:
+        engine = EngineConfig(
+            model=options.model, **given_values(options, EngineConfig)
+        )
+        own = plugin.options(**given_values(options, plugin.options))
+        return plugin.run(engine, own)
+
+    parser = _add_command(commands, name, run, plugin.summary, renamed={})
+    add_flags(parser.add_argument_group(name), plugin.options)
 
 
 def _load(options: argparse.Namespace) -> Any:

@@ -72,6 +72,12 @@ class EngineConfig:
     compilation_cache_dir: str | None = _option(
         None, "folder of compiled programs; none is the user's cache folder"
     )
+    executables: str | None = _option(
+        None,
+        "folder of exported executables, filled by the first start and loaded by the "
+        "next ones, which then trace and compile nothing; its files are run, so that "
+        "it must be the user's own; none exports nothing",
+    )
 
     def __post_init__(self) -> None:
         """Checks types and ranges; raises `ConfigError` naming field and bound."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from jllm.config import EngineConfig, make_config
 from jllm.engine.admission import validate
 from jllm.engine.create import create_engine
+from jllm.engine.garbage import QuietGarbage
 from jllm.errors import ConfigError, EngineStoppedError, InvalidRequestError
 from jllm.text.chat_template import ChatOptions
 from jllm.text.output import RequestStream
@@ -91,6 +92,11 @@ class LLM:
     def model_path(self) -> Path:
         """Folder of the checkpoint."""
         return self._engine.info.path
+
+    @property
+    def engine(self) -> Any:
+        """The engine under it, to look at: `metrics`, `scheduler`, `programs`."""
+        return self._engine
 
     def wait_until_compiled(self) -> None:
         """Returns when the programs of all sizes are compiled; then nothing is."""
@@ -237,10 +243,16 @@ class LLM:
         self, prepared: Sequence[PreparedRequest], *, use_tqdm: bool
     ) -> list[RequestOutput]:
         progress = _Progress(len(prepared), is_shown=use_tqdm)
-        with self._serve(prepared, RequestOutputKind.FINAL_ONLY) as streams, progress:
+        kind = RequestOutputKind.FINAL_ONLY
+        with (
+            QuietGarbage(freeze=False) as garbage,
+            self._serve(prepared, kind) as streams,
+            progress,
+        ):
             for stream in streams:
                 while not stream.finished:
                     progress.update(self._step())
+                    garbage.note_step()
         outputs = [stream.take() for stream in streams]
         return [output for output in outputs if output is not None]
 

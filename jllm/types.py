@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from jllm.errors import InvalidRequestError
+from jllm.structured_outputs import StructuredOutputsParams, make_structured_outputs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -116,6 +117,11 @@ class SamplingParams:
         truncate_prompt_tokens: Keeps only the last tokens of the prompt; -1 is as many
             as the context holds.
         output_kind: What each output of a stream holds.
+        structured_outputs: The form that the output must have, or a mapping with the
+            fields of `StructuredOutputsParams`.
+        reasoning_parser: Name of the form of the model's reasoning, behind which
+            `structured_outputs` begin; None where the output has none.
+        thinking_token_budget: Most tokens of reasoning; None or -1 is any number.
     """
 
     n: int = 1
@@ -144,6 +150,9 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    reasoning_parser: str | None = None
+    thinking_token_budget: int | None = None
 
     def __post_init__(self) -> None:
         """Checks every range and normalises; see `InvalidRequestError`."""
@@ -159,6 +168,10 @@ class SamplingParams:
             _boolean(field, getattr(self, field))
         if self.output_kind not in tuple(RequestOutputKind):
             raise _fail("output_kind", self.output_kind, "must be a RequestOutputKind")
+        structured = make_structured_outputs(self.structured_outputs)
+        self._set(structured_outputs=structured)
+        if self.thinking_token_budget is not None:
+            _integer("thinking_token_budget", self.thinking_token_budget, -1)
         if self.stop and not self.detokenize:
             raise _fail("stop", self.stop, "needs detokenize=True")
         if self.is_greedy:
@@ -302,9 +315,12 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class TokenOutput:
     """What one step brought for one sequence of a request.
+
+    Not frozen, which would make it three times as slow to make; there is one for every
+    token.
 
     Attributes:
         request_id: Id given to `Engine.add`.
@@ -317,6 +333,9 @@ class TokenOutput:
         stop_reason: The stop token id that ended it, None for the model's own.
         num_cached_tokens: Prompt tokens found in the prefix cache.
         error: Sentence for finish reason "error".
+        is_complete: Whether a grammar ended it, with a last token that is output.
+        scheduled_time: When the first step of the sequence was launched, on the
+            monotonic clock; at least with its first token.
     """
 
     request_id: str
@@ -328,6 +347,8 @@ class TokenOutput:
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    is_complete: bool = False
+    scheduled_time: float | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -363,11 +384,13 @@ class RequestMetrics:
 
     Attributes:
         arrival_time: When it was added.
+        scheduled_time: When the first step with its tokens was launched.
         first_token_time: When its first token reached the host.
         finished_time: When its last sequence ended.
     """
 
     arrival_time: float
+    scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
 
@@ -410,6 +433,9 @@ class EngineRequest:
         bad_words_token_ids: Token sequences that must not be generated.
         priority: Smaller runs first; equal priorities run in order of arrival.
         cache_salt: Prompts share cached blocks only under the same salt.
+        grammar: What `params.structured_outputs` was compiled to, a
+            `jllm.sampling.grammar.Grammar`.
+        thinking: What bounds its reasoning, a `jllm.sampling.thinking.Thinking`.
     """
 
     request_id: str
@@ -419,3 +445,5 @@ class EngineRequest:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
     cache_salt: str | None = None
+    grammar: Any = None
+    thinking: Any = None

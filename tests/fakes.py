@@ -5,6 +5,7 @@ import pathlib
 import tempfile
 import types
 
+import numpy as np
 import transformers
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -12,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from jllm.engine.admission import Limits, validate
 from jllm.engine.engine import ModelInfo
 from jllm.errors import InvalidRequestError
+from jllm.metrics import EngineStats
 from jllm.text.tokenizer import Tokenizer
 from jllm.types import TokenLogprobs, TokenOutput
 
@@ -164,8 +166,66 @@ class FakeEngine:
             for token in row.request.prompt_token_ids[1:]
         )
 
+    def stats(self):
+        return EngineStats(num_running=len(self._open))
+
     def reset_prefix_cache(self):
         return not self._open
 
     def close(self):
         self.closed += 1
+
+
+class SetsGrammar:
+    """A grammar whose text has one token of each set, in their order.
+
+    A set with None in it may be left out with all that follows; a string in place of a
+    set is the error that the matcher has when it gets there.
+    """
+
+    num_bytes = 1
+
+    def __init__(self, sets, vocab_size):
+        self.sets, self.vocab_size = sets, vocab_size
+
+    def copy(self):
+        return SetsState(self)
+
+
+class SetsState:
+    """Behaves as llguidance's matcher does."""
+
+    def __init__(self, grammar):
+        self._sets, self._vocab_size = grammar.sets, grammar.vocab_size
+        self._place, self._error = 0, ""
+
+    def _next(self):
+        here = self._sets[self._place] if self._place < len(self._sets) else set()
+        if isinstance(here, str):
+            self._error = here
+            return set()
+        return here
+
+    def consume_token(self, token):
+        if token is None or token not in self._next():
+            self._error = self._error or "not in the grammar"
+            return False
+        self._place += 1
+        return True
+
+    def compute_bitmask(self):
+        bits = np.zeros(-(-self._vocab_size // 32) * 32, np.uint8)
+        bits[[token for token in self._next() if token is not None]] = 1
+        return np.packbits(bits, bitorder="little").tobytes()
+
+    def is_accepting(self):
+        return self._place == len(self._sets) or None in self._next()
+
+    def is_stopped(self):
+        return self._place == len(self._sets) or bool(self._error)
+
+    def is_error(self):
+        return bool(self._error)
+
+    def get_error(self):
+        return self._error

@@ -1,10 +1,14 @@
 """The examples of the README run as they stand."""
 
+import contextlib
 import pathlib
 import re
 import shlex
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -12,6 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 PYTHON = [text for language, text in BLOCK.findall(README) if language == "python"]
+CLIENTS = re.findall(r"```python server\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line
     for language, text in BLOCK.findall(README)
@@ -45,8 +50,32 @@ def test_command(command):
     assert run(["-m", "jllm", *arguments]).strip()
 
 
+@pytest.mark.slow
+def test_clients_of_the_server():
+    command = re.search(r"^jllm (serve --port 8000)$", README, re.MULTILINE)[1]
+    server = subprocess.Popen([sys.executable, "-m", "jllm", *command.split()])
+    try:
+        wait_until_ready("http://127.0.0.1:8000/ready", server)
+        for example in CLIENTS:
+            assert run(["-c", example]).strip()
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+
+
+def wait_until_ready(url, server):
+    end = time.monotonic() + 120
+    while time.monotonic() < end and server.poll() is None:
+        with contextlib.suppress(urllib.error.URLError):
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        time.sleep(0.1)
+    pytest.fail("the server was not ready")
+
+
 def test_there_are_examples():
     assert len(PYTHON) >= 4
+    assert len(CLIENTS) >= 1
     assert len(COMMANDS) >= 3
 
 

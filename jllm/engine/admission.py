@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jllm.errors import ContextTooLongError, InvalidRequestError
+from jllm.sampling.grammar import Matcher
 from jllm.sampling.rules import RowRules, RuleLayout, pack_rules
+from jllm.sampling.thinking import ThinkingMatcher
 from jllm.scheduler.request import Request
 from jllm.types import EngineRequest, SamplingParams, TokenLogprobs
 
@@ -39,6 +41,9 @@ class Job:
         stop_token_ids: All tokens that end it, those the user named first.
         rules: Packed sampling rules, None when it needs no sampler program.
         prompt_logprobs: Collected entries by position, from position 1.
+        matcher: Its place in the grammar that its output follows, None without one.
+        failure: Why that grammar cannot go on.
+        scheduled_time: When its first step was launched, on the monotonic clock.
     """
 
     request: EngineRequest
@@ -47,6 +52,14 @@ class Job:
     stop_token_ids: tuple[int, ...]
     rules: np.ndarray | None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    matcher: Matcher | ThinkingMatcher | None = None
+    failure: str | None = None
+    scheduled_time: float | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its grammar allows nothing more."""
+        return self.matcher is not None and self.matcher.is_complete
 
 
 def validate(request: EngineRequest, limits: Limits) -> None:
@@ -71,6 +84,11 @@ def validate(request: EngineRequest, limits: Limits) -> None:
     _check_ids("logit_bias", params.logit_bias or (), limits.vocab_size)
     for word in request.bad_words_token_ids:
         _check_ids("bad_words", word, limits.vocab_size)
+    if params.structured_outputs is not None and request.grammar is None:
+        raise InvalidRequestError(
+            "structured_outputs must have been compiled to a grammar",
+            parameter="structured_outputs",
+        )
     for field in ("logprobs", "prompt_logprobs"):
         count = getattr(params, field)
         asked = limits.vocab_size if count == -1 else count
@@ -124,6 +142,7 @@ def make_sequences(
             seed=(seed + index) % 2**64,
             stop_token_ids=stop_ids,
             rules=rules,
+            matcher=_matcher(request, limits, rule_layout),
         )
         wants_prompt = params.prompt_logprobs is not None and index == 0
         if wants_prompt:
@@ -149,11 +168,32 @@ def make_sequences(
     return sequences
 
 
+def _matcher(
+    request: EngineRequest, limits: Limits, rule_layout: RuleLayout
+) -> Matcher | ThinkingMatcher | None:
+    params, vocab_size = request.params, rule_layout.vocab_size
+    end_ids = (*limits.eos_token_ids, *request.eos_token_ids)
+    grammar = None
+    if request.grammar is not None:
+        grammar = Matcher(
+            request.grammar,
+            vocab_size,
+            end_ids=end_ids,
+            may_end=not params.ignore_eos,
+            allowed_ids=params.allowed_token_ids,
+        )
+    if request.thinking is None:
+        return grammar
+    return ThinkingMatcher(request.thinking, vocab_size, grammar, end_ids)
+
+
 def needs_sampler(request: EngineRequest, stop_ids: Sequence[int]) -> bool:
     """Whether its tokens need more than argmax or a plain temperature."""
     params = request.params
     return (
         _has_filters(params)
+        or request.grammar is not None
+        or request.thinking is not None
         or params.presence_penalty != 0
         or params.frequency_penalty != 0
         or params.repetition_penalty != 1

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jllm.engine.admission import Job, Limits, make_sequences, validate
-from jllm.engine.inputs import pack
+from jllm.engine.grammars import pack_masks, push_tokens, wants_grammars
+from jllm.engine.inputs import InputLayout, pack
 from jllm.engine.logprobs import (
     collect_prompt_logprobs,
     next_tokens,
@@ -19,22 +20,21 @@ from jllm.engine.logprobs import (
     wants_prompt_logprobs,
     wants_sampler,
 )
-from jllm.engine.programs import (
-    ProgramOptions,
-    Programs,
-    describe_state,
-    init_state,
-)
+from jllm.engine.programs import ProgramOptions, Programs
 from jllm.engine.state import row_fields
+from jllm.engine.steps import SamplerInput, StepResult
 from jllm.errors import InvalidRequestError
-from jllm.metrics import EngineMetrics
+from jllm.metrics import EngineMetrics, EngineStats
 from jllm.models.base import Model, Weights
 from jllm.sampling.logprobs import FINITE, ResultLayout
 from jllm.sampling.rules import RowRules, RuleLayout, pack_rules
+from jllm.scheduler.launched import SequenceUpdate
 from jllm.scheduler.plan import ScheduledRow, StepPlan
 from jllm.scheduler.request import Request
-from jllm.scheduler.scheduler import RowResult, Scheduler, SequenceUpdate
+from jllm.scheduler.scheduler import Scheduler
 from jllm.types import EngineRequest, TokenOutput
+
+NOT_FINITE = "the model's output was not finite"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,6 +47,8 @@ class InFlight:
         packed: Its result on the device, on its way to the host.
         has_logprobs: Whether the result is the sampler program's.
         prompt_packed: Prompt log-probabilities of all tokens of the step.
+        unsampled: What the sampler program takes, where it has not been called yet.
+        layout: Sizes of the program that ran.
     """
 
     plan: StepPlan
@@ -54,6 +56,8 @@ class InFlight:
     packed: jax.Array
     has_logprobs: bool
     prompt_packed: jax.Array | None
+    unsampled: StepResult | None
+    layout: InputLayout
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,8 +112,7 @@ class Engine:
         """Makes an empty device state."""
         self._parts = parts
         self._scheduler = parts.scheduler
-        description = describe_state(parts.model, parts.options, parts.place)
-        self._state = init_state(description)
+        self._state = parts.programs.init_state()
         self._in_flight: InFlight | None = None
         self._open: dict[str, list[Request]] = {}
         self._next_id = 0
@@ -118,6 +121,7 @@ class Engine:
         self._neutral_rules = pack_rules(self._rule_layout, RowRules())
         self._rules = np.tile(self._neutral_rules, (parts.options.table_rows, 1))
         self._device_rules: jax.Array | None = None
+        self._no_masks: dict[int, jax.Array] = {}
         self._result_layout = ResultLayout(parts.options.num_logprobs)
         self.metrics = EngineMetrics()
 
@@ -204,11 +208,29 @@ class Engine:
         plan = self._scheduler.schedule()
         launched = self._launch(plan) if plan else None
         outputs = self._collect(self._in_flight) if self._in_flight else []
+        if launched and launched.unsampled:
+            # Grammars had to see the tokens before, while the device computed scores.
+            launched = self._sample(launched, launched.unsampled)
         self._in_flight = launched
         if launched and not self._parts.overlap:
             outputs += self._collect(launched)
             self._in_flight = None
         return outputs
+
+    def stats(self) -> EngineStats:
+        """What it is doing and has done; may be called from any thread."""
+        scheduler, steps = self._scheduler, self.metrics.step_tokens
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            block_states=scheduler.pool.states(),
+            num_prefix_queries=scheduler.num_prefix_queries,
+            num_prefix_hits=scheduler.num_prefix_hits,
+            num_preemptions=scheduler.num_preemptions,
+            block_size=self._parts.options.block_size,
+            step_counts=tuple(steps.counts),
+            step_tokens=steps.total,
+        )
 
     def wait_until_compiled(self) -> None:
         """Returns when the programs of all sizes are compiled."""
@@ -225,42 +247,85 @@ class Engine:
         self._open.clear()
 
     def _launch(self, plan: StepPlan) -> InFlight:
-        """Packs and dispatches a step; returns before it is computed."""
+        """Packs and dispatches a step; returns before it is computed.
+
+        The sampler program of a step with grammars is left to the caller.
+        """
         began = time.perf_counter()
         parts, jobs = self._parts, self._jobs(plan)
         wants_prompt = wants_prompt_logprobs(plan, jobs)
+        has_logprobs = wants_prompt or wants_sampler(plan, jobs)
         if wants_prompt:
             layout, program = parts.programs.largest_prefill()
         else:
             layout, program = parts.programs.step(
                 is_decode=plan.is_decode,
-                num_rows=len(plan.rows),
+                num_rows=plan.num_rows,
                 num_tokens=plan.num_tokens,
+                has_rules=has_logprobs,
             )
-        vector = self._upload(pack(plan, layout, self._start_fields))
+        vector = pack(plan, layout, self._start_fields)
+        # Copied by the call itself, which costs a tenth of a `device_put` before it.
         self._state, result = program(parts.weights, self._state, vector)
+        self.metrics.host_to_device_copies += 1
         self.metrics.dispatches += 1
-        packed, prompt_packed = result.packed, None
-        has_logprobs = wants_prompt or wants_sampler(plan, jobs)
-        if has_logprobs:
-            self._place_rules(plan, jobs)
-            self.metrics.dispatches += 1
-        if wants_prompt:
-            targets = self._upload(next_tokens(plan, jobs, layout.num_tokens))
-            self._state, (packed, prompt_packed) = parts.programs.prompt_logprobs()(
-                parts.weights, self._state, result, targets, self._device_rules
-            )
-            prompt_packed.copy_to_host_async()
-        elif has_logprobs:
-            self._state, packed = parts.programs.sampler(layout.num_rows)(
-                self._state, result.logits, result.sampled_rows, self._device_rules
-            )
-        packed.copy_to_host_async()
+        unsampled = result if has_logprobs else None
+        flight = InFlight(
+            plan, jobs, result.packed, has_logprobs, None, unsampled, layout
+        )
+        if not has_logprobs:
+            result.packed.copy_to_host_async()
+        elif not wants_grammars(plan, jobs):
+            flight = self._sample(flight, result)
         self.metrics.kernel_fallbacks = parts.programs.num_fallbacks
         self.metrics.steps += 1
-        self.metrics.scheduled_tokens += plan.num_tokens
+        self._count_tokens(plan, layout)
         self.metrics.launch_seconds += time.perf_counter() - began
-        return InFlight(plan, jobs, packed, has_logprobs, prompt_packed)
+        return flight
+
+    def _sample(self, flight: InFlight, result: StepResult) -> InFlight:
+        """Dispatches the second program of a step, with rules and grammars."""
+        parts, plan, jobs = self._parts, flight.plan, flight.jobs
+        self._place_rules(plan, jobs)
+        inputs = SamplerInput(self._device_rules, self._masks(flight))
+        self.metrics.dispatches += 1
+        prompt_packed = None
+        if wants_prompt_logprobs(plan, jobs):
+            targets = self._upload(next_tokens(plan, jobs, flight.layout.num_tokens))
+            self._state, (packed, prompt_packed) = parts.programs.prompt_logprobs()(
+                parts.weights, self._state, result, targets, inputs
+            )
+            prompt_packed.copy_to_host_async()
+        else:
+            self._state, packed = parts.programs.sampler(flight.layout.num_rows)(
+                self._state, result.logits, result.sampled_rows, inputs
+            )
+        packed.copy_to_host_async()
+        return dataclasses.replace(
+            flight, packed=packed, prompt_packed=prompt_packed, unsampled=None
+        )
+
+    def _masks(self, flight: InFlight) -> jax.Array:
+        """What the grammars of a step allow; without any, an array made once."""
+        num_rows = flight.layout.num_rows
+        num_words = self._rule_layout.sizes["allowed"]
+        if not wants_grammars(flight.plan, flight.jobs):
+            if num_rows not in self._no_masks:
+                ones = np.full((num_rows, num_words), -1, np.int32)
+                self._no_masks[num_rows] = jax.device_put(ones, self._parts.place)
+            return self._no_masks[num_rows]
+        began = time.perf_counter()
+        masks = pack_masks(flight.plan, flight.jobs, num_rows, num_words)
+        self.metrics.grammar_seconds += time.perf_counter() - began
+        return self._upload(masks)
+
+    def _count_tokens(self, plan: StepPlan, layout: InputLayout) -> None:
+        metrics = self.metrics
+        metrics.scheduled_rows += plan.num_rows
+        metrics.scheduled_tokens += plan.num_tokens
+        metrics.padded_tokens += layout.num_tokens
+        metrics.step_tokens.observe(plan.num_tokens)
+        metrics.mixed_steps += 0 < len(plan.decoding) < plan.num_rows
 
     def _collect(self, flight: InFlight) -> list[TokenOutput]:
         """Waits for a step, commits its tokens and reports them."""
@@ -272,22 +337,31 @@ class Engine:
             collect_prompt_logprobs(
                 flight.plan, flight.jobs, self._result_layout, prompt_packed
             )
-        tokens, flags = packed[:, 0].tolist(), packed[:, 1].tolist()
-        results = [
-            RowResult(tokens[i], bool(flags[i] & FINITE))
-            for i in range(len(flight.plan.rows))
-        ]
-        updates = self._scheduler.commit(flight.plan, results)
-        outputs = [self._output(update, flight, packed) for update in updates]
+        results = packed[: flight.plan.num_rows]
+        tokens = results[:, 0].tolist()
+        failed = np.flatnonzero(results[:, 1] & FINITE == 0).tolist()
+        complete: frozenset[int] = frozenset()
+        if flight.has_logprobs and wants_grammars(flight.plan, flight.jobs):
+            complete = self._push_tokens(flight, tokens)
+            failed += [i for i, job in enumerate(flight.jobs) if job.failure]
+        updates = self._scheduler.commit(flight.plan, tokens, failed, complete)
+        outputs = self._outputs(updates, flight, packed)
         self._forget_finished(updates)
         return outputs
 
+    def _push_tokens(self, flight: InFlight, tokens: list[int]) -> frozenset[int]:
+        """Leads grammars on; returns the rows for which nothing can follow."""
+        began = time.perf_counter()
+        complete = push_tokens(flight.plan, flight.jobs, tokens)
+        self.metrics.grammar_seconds += time.perf_counter() - began
+        return complete
+
     def _jobs(self, plan: StepPlan) -> list[Job]:
-        get = self._scheduler.get
-        return [get(row.sequence_id).payload for row in plan.rows]
+        return [request.payload for request in self._scheduler.requests_of(plan)]
 
     def _start_fields(self, row: ScheduledRow) -> np.ndarray:
         job: Job = self._scheduler.get(row.sequence_id).payload
+        job.scheduled_time = job.scheduled_time or time.monotonic()
         return row_fields(
             job.request,
             position=row.position,
@@ -303,16 +377,34 @@ class Engine:
     def _place_rules(self, plan: StepPlan, jobs: list[Job]) -> None:
         """Uploads the rule table if a row's rules are not the ones on the device."""
         changed = self._device_rules is None
-        for row, job in zip(plan.rows, jobs, strict=True):
+        for row, job in zip(plan.table_rows, jobs, strict=True):
             rules = self._neutral_rules if job.rules is None else job.rules
-            if not np.array_equal(self._rules[row.row], rules):
-                self._rules[row.row] = rules
+            if not np.array_equal(self._rules[row], rules):
+                self._rules[row] = rules
                 changed = True
         if changed:
             # A copy, since a transfer may alias the buffer that is changed next time.
             self._device_rules = self._upload(self._rules.copy())
 
-    def _output(
+    def _outputs(
+        self, updates: list[SequenceUpdate], flight: InFlight, packed: np.ndarray
+    ) -> list[TokenOutput]:
+        """What callers are told; most rows have a token and nothing else."""
+        num_plain = 0 if flight.has_logprobs else len(flight.plan.decoding)
+        return [
+            TokenOutput(
+                request.request_id,
+                request.index,
+                (token,),
+                num_cached_tokens=request.num_cached_tokens,
+            )
+            if reason is None and token is not None and index < num_plain
+            else self._full_output(update, flight, packed)
+            for update in updates
+            for request, index, token, reason in (update,)
+        ]
+
+    def _full_output(
         self, update: SequenceUpdate, flight: InFlight, packed: np.ndarray
     ) -> TokenOutput:
         sequence = update.request
@@ -340,7 +432,9 @@ class Engine:
             finish_reason=update.finish_reason,
             stop_reason=stop_reason,
             num_cached_tokens=sequence.num_cached_tokens,
-            error="the model's output was not finite" if failed else None,
+            error=(job.failure or NOT_FINITE) if failed else None,
+            is_complete=update.finish_reason == "stop" and job.is_complete,
+            scheduled_time=job.scheduled_time,
         )
 
     def _forget_finished(self, updates: list[SequenceUpdate]) -> None:

@@ -15,9 +15,8 @@ from jax import Array
 from jaxtyping import Int
 
 from jllm.engine.state import NUM_FIELDS
-from jllm.scheduler.plan import ScheduledRow, StepPlan
-
-NO_BLOCK = -1
+from jllm.layers.kernels import TileLayout, make_tiles
+from jllm.scheduler.plan import NO_BLOCK, DecodeRows, ScheduledRow, StepPlan
 
 
 class DecodeInput(NamedTuple):
@@ -48,6 +47,7 @@ class PrefillInput(NamedTuple):
         copy_targets: Where to; ids past the pool mark padding, all distinct.
         blocks: Appended blocks of all rows.
         tokens: Tokens of all rows.
+        tiles: A `TileTable` in one vector; None where the kernels read none.
     """
 
     rows: Int[Array, " S"]
@@ -62,6 +62,7 @@ class PrefillInput(NamedTuple):
     copy_targets: Int[Array, " C"]
     blocks: Int[Array, " A"]
     tokens: Int[Array, " T"]
+    tiles: Int[Array, " W"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,10 @@ class InputLayout:
         num_pool_blocks: Blocks `B` of the pool.
         max_appends: Most blocks appended in a prefill step.
         max_copies: Most blocks copied in a prefill step.
+        tiles: How the tokens of a prefill step are cut for attention, if they are.
+        scored_rows: Numbers of rows, ascending, for which a prefill step can compute
+            scores; it takes the smallest that holds the rows that sample, which come
+            first. The last is `num_rows`.
     """
 
     kind: Literal["prefill", "decode"]
@@ -85,6 +90,8 @@ class InputLayout:
     num_pool_blocks: int
     max_appends: int
     max_copies: int
+    tiles: TileLayout | None
+    scored_rows: tuple[int, ...]
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -99,7 +106,27 @@ class InputLayout:
             "copy_targets": (self.max_copies,),
             "blocks": (self.max_appends,),
             "tokens": (self.num_tokens,),
+            **self._tile_shapes,
         }
+
+    @property
+    def _tile_shapes(self) -> dict[str, tuple[int, ...]]:
+        if self.tiles is None:
+            return {}
+        return {"tiles": (self.tiles.table_size(self.num_rows, self.num_tokens),)}
+
+    @cached_property
+    def empty(self) -> np.ndarray:
+        """The vector of a step without rows; not to be changed."""
+        vector = np.zeros(self.size, np.int32)
+        sections = split_vector(self, vector)
+        sections["rows"][:] = np.arange(self.num_rows) + self.table_rows
+        if self.kind == "decode":
+            sections["blocks"][:] = NO_BLOCK
+        else:
+            copies = np.arange(self.max_copies)
+            sections["copy_targets"][:] = copies + self.num_pool_blocks
+        return vector
 
     @cached_property
     def size(self) -> int:
@@ -130,36 +157,51 @@ def pack(
         layout: Layout of the program that will run.
         start_fields: Gives the row table entry of a row that starts.
     """
-    vector = np.zeros(layout.size, np.int32)
+    vector = layout.empty.copy()
     sections = split_vector(layout, vector)
-    rows = plan.rows
-    sections["rows"][:] = np.arange(layout.num_rows) + layout.table_rows
-    sections["rows"][: len(rows)] = [row.row for row in rows]
+    decoding = plan.decoding
+    count = len(decoding)
+    sections["rows"][:count] = decoding.rows
     if layout.kind == "decode":
-        blocks = sections["blocks"]
-        blocks[:] = NO_BLOCK
-        blocks[: len(rows)] = [
-            row.new_blocks[0] if row.new_blocks else NO_BLOCK for row in rows
-        ]
+        sections["blocks"][:count] = decoding.new_blocks
         return vector
-    _pack_prefill(plan, layout, sections, start_fields)
+    _pack_decoding(decoding, sections)
+    _pack_chunks(plan, sections, start_fields)
+    if layout.tiles is not None:
+        row_starts = np.zeros(layout.num_rows + 1, np.int32)
+        np.cumsum(sections["num_tokens"], out=row_starts[1:])
+        table = make_tiles(row_starts, layout.num_tokens, layout.tiles)
+        sections["tiles"][:] = table.packed
     return vector
 
 
-def _pack_prefill(
+def _pack_decoding(decoding: DecodeRows, sections: dict[str, np.ndarray]) -> None:
+    """Fills in rows whose token is on the device already."""
+    count = len(decoding)
+    has_block = decoding.new_blocks != NO_BLOCK
+    new_blocks = decoding.new_blocks[has_block]
+    sections["num_tokens"][:count] = 1
+    sections["samples"][:count] = 1
+    sections["first_block"][:count] = decoding.first_blocks
+    sections["num_blocks"][:count] = has_block
+    sections["blocks"][: len(new_blocks)] = new_blocks
+
+
+def _pack_chunks(
     plan: StepPlan,
-    layout: InputLayout,
     sections: dict[str, np.ndarray],
     start_fields: Callable[[ScheduledRow], np.ndarray],
 ) -> None:
-    targets = sections["copy_targets"]
-    targets[:] = np.arange(layout.max_copies) + layout.num_pool_blocks
-    token, block, copy = 0, 0, 0
-    for i, row in enumerate(plan.rows):
+    """Fills in the other rows, which come after those that decode."""
+    first = token = len(plan.decoding)
+    block = int(sections["num_blocks"].sum())
+    copy = 0
+    for i, row in enumerate(plan.chunks, first):
+        sections["rows"][i] = row.row
         sections["num_tokens"][i] = row.num_tokens
         sections["samples"][i] = row.samples
         sections["starts"][i] = row.starts
-        sections["uploads"][i] = bool(row.tokens)
+        sections["uploads"][i] = 1
         sections["first_block"][i] = row.first_block
         sections["num_blocks"][i] = len(row.new_blocks)
         sections["tokens"][token : token + len(row.tokens)] = row.tokens
@@ -168,7 +210,7 @@ def _pack_prefill(
             sections["fields"][i] = start_fields(row)
         if row.copy is not None:
             sections["copy_sources"][copy] = row.copy.source
-            targets[copy] = row.copy.target
+            sections["copy_targets"][copy] = row.copy.target
             copy += 1
         token += row.num_tokens
         block += len(row.new_blocks)

@@ -1,12 +1,12 @@
 """Log-probabilities of a step: what is asked of the device, what the caller gets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from jllm.engine.admission import Job
 from jllm.sampling.logprobs import ResultLayout
-from jllm.scheduler.plan import StepPlan
+from jllm.scheduler.plan import ScheduledRow, StepPlan
 from jllm.types import TokenLogprobs
 
 
@@ -14,23 +14,31 @@ def wants_prompt_logprobs(plan: StepPlan, jobs: Sequence[Job]) -> bool:
     """Whether a step computes prompt tokens whose successors are to be scored."""
     return any(
         job.prompt_logprobs is not None and row.position < len(job.prompt_logprobs)
-        for row, job in zip(plan.rows, jobs, strict=True)
+        for row, job in _chunks(plan, jobs)
     )
 
 
 def wants_sampler(plan: StepPlan, jobs: Sequence[Job]) -> bool:
     """Whether a row that samples has rules, or is to have log-probabilities."""
+    # Runs in every step over every row, hence the search in two passes.
+    if all(job.rules is None for job in jobs):
+        return False
     return any(
-        row.samples and job.rules is not None
-        for row, job in zip(plan.rows, jobs, strict=True)
+        samples and job.rules is not None
+        for samples, job in zip(plan.samples, jobs, strict=True)
     )
+
+
+def _chunks(plan: StepPlan, jobs: Sequence[Job]) -> Iterator[tuple[ScheduledRow, Job]]:
+    """The rows that may compute tokens of a prompt, with their sequences."""
+    return zip(plan.chunks, jobs[len(plan.decoding) :], strict=True)
 
 
 def next_tokens(plan: StepPlan, jobs: Sequence[Job], num_tokens: int) -> np.ndarray:
     """For every token of the step the prompt token after it, zero past the prompt."""
     targets = np.zeros(num_tokens, np.int32)
-    start = 0
-    for row, job in zip(plan.rows, jobs, strict=True):
+    start = len(plan.decoding)
+    for row, job in _chunks(plan, jobs):
         first = row.position + 1
         known = job.request.prompt_token_ids[first : first + row.num_tokens]
         targets[start : start + len(known)] = known
@@ -42,8 +50,8 @@ def collect_prompt_logprobs(
     plan: StepPlan, jobs: Sequence[Job], layout: ResultLayout, packed: np.ndarray
 ) -> None:
     """Files the scores of a step with the sequences that asked for them."""
-    start = 0
-    for row, job in zip(plan.rows, jobs, strict=True):
+    start = len(plan.decoding)
+    for row, job in _chunks(plan, jobs):
         entries = job.prompt_logprobs
         if entries is not None:
             count = job.request.params.prompt_logprobs

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, runtime_checkable
 
+from jllm.engine.garbage import QuietGarbage
 from jllm.errors import EngineStoppedError
 from jllm.types import EngineRequest, TokenOutput
 
@@ -16,9 +17,9 @@ logger = logging.getLogger("jllm")
 
 SHUT_DOWN = "the engine was shut down"
 
-Sink = Callable[[list[TokenOutput] | EngineStoppedError], None]
-"""Takes the outputs of one request step by step, or the error that ended it; called in
-the engine's thread, so that it has to be quick."""
+Sink = Callable[[TokenOutput | EngineStoppedError], None]
+"""Takes an output of one request, or the error that ended it; called in the engine's
+thread, so that it has to be quick: text is made elsewhere."""
 
 
 @runtime_checkable
@@ -66,7 +67,9 @@ class EngineLoop:
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
         self._unfinished: dict[str, set[int]] = {}
+        self._garbage = QuietGarbage(freeze=True)
         self._error: EngineStoppedError | None = None
+        self._num_steps = 0
         self._accepting = True
         self._lock = threading.Lock()
         self._thread = threading.Thread(
@@ -80,6 +83,16 @@ class EngineLoop:
     def is_alive(self) -> bool:
         """Whether requests are accepted."""
         return self._accepting
+
+    @property
+    def num_steps(self) -> int:
+        """Steps computed; a count that stands still with work to do means trouble."""
+        return self._num_steps
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step would do anything."""
+        return self._engine.has_unfinished
 
     @property
     def error(self) -> EngineStoppedError | None:
@@ -148,9 +161,8 @@ class EngineLoop:
     def _run(self) -> None:
         stopped = EngineStoppedError(SHUT_DOWN)
         try:
-            while self._serve_calls():
-                if self._engine.has_unfinished:
-                    self._deliver(self._engine.step())
+            with self._garbage:
+                self._work()
         # Whatever a step failed with, those who wait for it have to be told.
         except Exception as error:
             logger.exception("the engine failed")
@@ -161,11 +173,21 @@ class EngineLoop:
         finally:
             self._stop(stopped)
 
+    def _work(self) -> None:
+        while self._serve_calls():
+            if self._engine.has_unfinished:
+                self._deliver(self._engine.step())
+                self._num_steps += 1
+                self._garbage.note_step()
+
     def _serve_calls(self) -> bool:
         """Serves all queued calls; sleeps for one when idle. False asks for the end."""
         while True:
+            is_idle = not self._engine.has_unfinished
+            if is_idle and self._calls.empty():
+                self._garbage.note_idle()
             try:
-                call = self._calls.get(block=not self._engine.has_unfinished)
+                call = self._calls.get(block=is_idle)
             except queue.Empty:
                 return True
             if call is None:
@@ -173,23 +195,22 @@ class EngineLoop:
             call.run()
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
-        by_request: dict[str, list[TokenOutput]] = {}
         for output in outputs:
-            by_request.setdefault(output.request_id, []).append(output)
-        for request_id, its_outputs in by_request.items():
+            request_id = output.request_id
             sink = self._sinks.get(request_id)
             if sink is None:
                 continue
-            self._note_ends(request_id, its_outputs)
-            if not _hand_over(sink, its_outputs):
+            if output.finish_reason is not None:
+                self._note_end(output)
+            if not _hand_over(sink, output):
                 self._forget(request_id)
                 self._engine.abort(request_id)
 
-    def _note_ends(self, request_id: str, outputs: list[TokenOutput]) -> None:
-        unfinished = self._unfinished[request_id]
-        unfinished -= {output.index for output in outputs if output.finish_reason}
+    def _note_end(self, output: TokenOutput) -> None:
+        unfinished = self._unfinished[output.request_id]
+        unfinished.discard(output.index)
         if not unfinished:
-            self._forget(request_id)
+            self._forget(output.request_id)
 
     def _forget(self, request_id: str) -> None:
         self._sinks.pop(request_id, None)
@@ -232,7 +253,7 @@ class _Call:
             self.future.set_exception(error)
 
 
-def _hand_over(sink: Sink, item: list[TokenOutput] | EngineStoppedError) -> bool:
+def _hand_over(sink: Sink, item: TokenOutput | EngineStoppedError) -> bool:
     """Calls a sink; one that fails, say with its event loop closed, hurts no other."""
     try:
         sink(item)

@@ -1,7 +1,9 @@
 """How many KV blocks fit: one formula over what the compiler and the device report."""
 
+import contextlib
 import dataclasses
 import math
+from pathlib import Path
 
 import psutil
 from jax.sharding import Mesh
@@ -51,6 +53,35 @@ class MemoryBudget:
                 f"pool has {num_blocks}"
             )
         return self.num_blocks
+
+
+class PoolSizes:
+    """The sizes, in blocks, for which programs were compiled before: one small file.
+
+    Args:
+        path: The file; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads nothing yet."""
+        self._path = path
+
+    def read(self) -> tuple[int, ...]:
+        """The sizes; none where the file cannot be read."""
+        try:
+            words = self._path.read_text().split()
+        except (OSError, UnicodeDecodeError):
+            return ()
+        return tuple(int(word) for word in words if word.isdecimal())
+
+    def add(self, num_blocks: int) -> None:
+        """Adds a size; a folder that cannot be written to is left alone."""
+        if num_blocks in self.read():
+            return
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(f"{num_blocks}\n")
 
 
 def device_capacity(mesh: Mesh) -> int:

@@ -5,29 +5,23 @@ in threads; a step always takes the smallest program that is ready and large eno
 """
 
 import dataclasses
+import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding
 
 from jllm.engine.background import BackgroundWork
+from jllm.engine.executables import Executable, ExecutableStore
 from jllm.engine.inputs import InputLayout
 from jllm.engine.state import NUM_FIELDS, EngineState, RowTable
-from jllm.engine.steps import (
-    StepResult,
-    decode_step,
-    prefill_step,
-    prompt_logprobs_step,
-    sampler_step,
-)
 from jllm.layers.attention import KV_HEADS
-from jllm.layers.kernels import Fallback, collect_fallbacks
-from jllm.models.base import Model, Weights
+from jllm.layers.kernels import Fallback, TileLayout
+from jllm.models.base import Model
 from jllm.sampling.draws import DrawMethod
 from jllm.sampling.logprobs import PROMPT_CHUNK
 
@@ -53,7 +47,8 @@ class ProgramSizes:
 
 def choose_sizes(platform: str, max_num_seqs: int, token_budget: int) -> ProgramSizes:
     """Few sizes: a decode step costs little more for rows that are not used."""
-    rows = (1, 4, 16) if platform == "cpu" else (8, 32, 128)
+    # On a CPU 8 rows take a fifth less than 16, and hardly more than 4.
+    rows = (1, 8, 16) if platform == "cpu" else (8, 32, 128)
     tokens = (64, 256) if platform == "cpu" else (256, 1024)
     return ProgramSizes(
         rows=(*(size for size in rows if size < max_num_seqs), max_num_seqs),
@@ -75,6 +70,9 @@ class ProgramOptions:
         num_logprobs: Log-probabilities that the sampler program returns per token.
         rule_size: Length `X` of a row's packed sampling rules.
         draw_method: How a token is drawn.
+        tiles: How the tokens of a prefill step are cut for attention, if they are.
+        branches: Whether a program may choose at run time what it computes, as the CPU
+            can; on a GPU the host would have to be asked.
     """
 
     sizes: ProgramSizes
@@ -86,6 +84,8 @@ class ProgramOptions:
     num_logprobs: int
     rule_size: int
     draw_method: DrawMethod
+    tiles: TileLayout | None
+    branches: bool
 
     @property
     def table_rows(self) -> int:
@@ -102,6 +102,8 @@ class ProgramOptions:
             num_pool_blocks=self.num_blocks,
             max_appends=self.max_appends,
             max_copies=self.max_copies,
+            tiles=self.tiles,
+            scored_rows=self.sizes.rows if self.branches else (self.table_rows,),
         )
 
 
@@ -129,14 +131,6 @@ def describe_state(
     )
 
 
-def init_state(description: EngineState) -> EngineState:
-    """An empty device state: zeros, since a NaN in an unused place would spread."""
-    return jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-        description,
-    )
-
-
 def describe(tree: Any) -> Any:
     """Shapes, types and shardings of a tree of arrays, for lowering."""
     return jax.tree.map(
@@ -147,109 +141,35 @@ def describe(tree: Any) -> Any:
     )
 
 
-class ProgramBuilder:
-    """Lowers and compiles the programs of one model from shapes alone.
+@runtime_checkable
+class Builder(Protocol):
+    """Lowers and compiles programs; see `jllm.engine.builder.ProgramBuilder`."""
 
-    Args:
-        model: The network.
-        options: Sizes.
-        weights: Tree of arrays or of their descriptions.
-        place: Where inputs and small results live.
+    def build(self, kind: str, size: int) -> Executable:
+        """Compiles a program."""
+        ...
+
+    def trees(self, kind: str) -> tuple[Any, Any]:
+        """Arguments and result of the programs of a kind, as trees of anything."""
+        ...
+
+    def logits(self, num_rows: int) -> jax.ShapeDtypeStruct:
+        """Description of the logits that a step of `num_rows` rows leaves."""
+        ...
+
+
+def num_compile_threads() -> int:
+    """Programs compiled at a time.
+
+    XLA uses more than one core for each, in the threads that also run steps on a CPU.
     """
+    return max(1, min(6, (os.cpu_count() or 2) // 2))
 
-    def __init__(
-        self,
-        model: Model,
-        options: ProgramOptions,
-        weights: Weights,
-        place: NamedSharding,
-    ) -> None:
-        """Keeps descriptions only, no arrays."""
-        self._model, self._options, self._place = model, options, place
-        self._weights = describe(weights)
-        self._state = describe_state(model, options, place)
-        self.fallbacks: set[Fallback] = set()
 
-    def step(self, kind: str, size: int) -> Compiled:
-        """A decode program of `size` rows, or a prefill program of `size` tokens."""
-        layout = self._options.layout(kind, size)
-        function = decode_step if kind == "decode" else prefill_step
-        step = partial(function, self._model, layout, self._options.draw_method)
-        vector = self._array((layout.size,), jnp.int32)
-        return self._compile(step, (self._weights, self._state, vector), state_at=1)
-
-    def sampler(self, num_rows: int) -> Compiled:
-        """The second program of a step of `num_rows` rows with sampling rules."""
-        options = self._options
-        step = partial(sampler_step, options.draw_method, options.num_logprobs)
-        arguments = (
-            self._state,
-            self.result(num_rows).logits,
-            self._array((num_rows,), jnp.int32),
-            self._array((options.table_rows, options.rule_size), jnp.int32),
-        )
-        return self._compile(step, arguments, state_at=0)
-
-    def prompt_logprobs(self) -> Compiled:
-        """The second program of a prefill step of the largest size."""
-        options = self._options
-        step = partial(
-            prompt_logprobs_step, self._model, options.draw_method, options.num_logprobs
-        )
-        size = options.sizes.tokens[-1]
-        result = self.result(options.table_rows)
-        hidden = self._array((size, result.hidden.shape[1]), result.hidden.dtype)
-        arguments = (
-            self._weights,
-            self._state,
-            dataclasses.replace(result, hidden=hidden),
-            self._array((size,), jnp.int32),
-            self._array((options.table_rows, options.rule_size), jnp.int32),
-        )
-        return self._compile(step, arguments, state_at=1)
-
-    def result(self, num_rows: int) -> StepResult:
-        """Description of what a decode step of `num_rows` rows leaves."""
-        layout = self._options.layout("decode", num_rows)
-        step = partial(decode_step, self._model, layout, self._options.draw_method)
-        vector = self._array((layout.size,), jnp.int32)
-        _, result = jax.eval_shape(step, self._weights, self._state, vector)
-        placed = jax.tree.map(lambda x: self._array(x.shape, x.dtype), result)
-        logits = jax.ShapeDtypeStruct(
-            result.logits.shape, result.logits.dtype, sharding=self._logits_place
-        )
-        return placed.replace(logits=logits)
-
-    @property
-    def _logits_place(self) -> Sharding:
-        """Logits stay where the vocabulary is."""
-        return NamedSharding(self._place.mesh, PartitionSpec(None, "tensor"))
-
-    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._place)
-
-    def _compile(
-        self, step: Callable[..., Any], arguments: tuple[Any, ...], state_at: int | None
-    ) -> Compiled:
-        """Compiles with the state donated and every result placed."""
-        # Traced here; lowering finds the trace again.
-        with collect_fallbacks() as found:
-            result = jax.eval_shape(step, *arguments)
-        self.fallbacks.update(found)
-        places: Any = jax.tree.map(lambda _: self._place, result)
-        if state_at is not None:
-            state = jax.tree.map(lambda leaf: leaf.sharding, self._state)
-            rest = places[1]
-            if isinstance(result[1], StepResult):
-                rest = rest.replace(logits=self._logits_place)
-            places = (state, rest)
-        jitted = jax.jit(
-            step,
-            donate_argnums=() if state_at is None else state_at,
-            out_shardings=places,
-            keep_unused=True,
-        )
-        return jitted.lower(*arguments).compile()
+def sampler_bytes(logits: Any) -> int:
+    """Most scratch memory of the programs that look at whole rows of logits."""
+    num_rows, width = logits.sharding.shard_shape(logits.shape)
+    return LOGITS_COPIES * 4 * (num_rows + PROMPT_CHUNK) * width
 
 
 def fresh_bytes(program: Compiled) -> int:
@@ -262,28 +182,63 @@ def fresh_bytes(program: Compiled) -> int:
 class Programs:
     """The programs of one engine, compiled in the background.
 
-    Ready after two, the largest prefill and the smallest decode: any step can run on
-    the largest prefill program.
+    Serves with two, the largest prefill and the one that makes the state: any step can
+    run on the largest prefill program.
+
+    Args:
+        builder: Compiles a program.
+        options: Sizes.
+        store: Where executables are loaded from and written to, if anywhere.
     """
 
-    def __init__(self, builder: ProgramBuilder, options: ProgramOptions) -> None:
+    def __init__(
+        self,
+        builder: Builder,
+        options: ProgramOptions,
+        store: ExecutableStore | None = None,
+    ) -> None:
         """Compiles nothing yet."""
-        self._builder, self._options = builder, options
+        self._builder, self._options, self._store = builder, options, store
         self._lock = threading.Lock()
         self._futures: dict[tuple[str, int], Future[Compiled]] = {}
-        self._background = BackgroundWork(2, "jllm-compile")
+        self._empty: Future[EngineState] | None = None
+        self._background = BackgroundWork(num_compile_threads(), "jllm-compile")
+        self._fallbacks: set[Fallback] = set()
+        self._num_compiled = self._num_loaded = 0
+        self._layouts: dict[tuple[str, int], InputLayout] = {}
 
     @property
     def num_fallbacks(self) -> int:
         """Kernels of the accelerator that could not be used, each reason once."""
-        return len(self._builder.fallbacks)
+        return len(self._fallbacks)
+
+    @property
+    def num_compiled(self) -> int:
+        """Programs compiled here, or found in JAX's cache after tracing."""
+        return self._num_compiled
+
+    @property
+    def num_loaded(self) -> int:
+        """Programs loaded from exported executables."""
+        return self._num_loaded
+
+    def start(self) -> None:
+        """Starts to compile the programs that are needed first.
+
+        On the largest prefill any step can run; the smallest decode follows, since most
+        steps are small.
+        """
+        with self._lock:
+            if self._empty is None:
+                self._empty = self._background.submit(self._make_state)
+        for key in (*self._awaited_keys(), ("decode", self._options.sizes.rows[0])):
+            self._submit(key)
 
     def compile_first(self) -> None:
-        """Compiles the two programs with which every step can run."""
-        sizes = self._options.sizes
-        first = [("prefill", sizes.tokens[-1]), ("decode", sizes.rows[0])]
-        for future in [self._submit(key) for key in first]:
-            future.result()
+        """Returns when the largest prefill program can be used."""
+        self.start()
+        for key in self._awaited_keys():
+            self._submit(key).result()
 
     def compile_rest(self) -> None:
         """Starts to compile the others in the background."""
@@ -291,12 +246,14 @@ class Programs:
             self._submit(key)
 
     def all_keys(self) -> list[tuple[str, int]]:
-        """Every program, those needed soonest first."""
+        """Every program that steps use, those needed soonest first."""
         sizes = self._options.sizes
         return [
+            ("sampler", self._table_rows),
+            ("prefill", sizes.tokens[0]),
             *(("decode", size) for size in reversed(sizes.rows)),
-            *(("prefill", size) for size in sizes.tokens),
-            *(("sampler", size) for size in reversed(sizes.rows)),
+            *(("prefill", size) for size in sizes.tokens[1:]),
+            *(("sampler", size) for size in reversed(sizes.rows[:-1])),
             ("prompt_logprobs", sizes.tokens[-1]),
         ]
 
@@ -305,17 +262,34 @@ class Programs:
         for key in self.all_keys():
             self.get(*key)
 
-    def step(self, *, is_decode: bool, num_rows: int, num_tokens: int) -> Any:
-        """Layout and program of the smallest ready size that holds the step."""
+    def init_state(self) -> EngineState:
+        """The empty device state, made once."""
+        self.start()
+        made, self._empty = self._empty, None
+        assert made is not None
+        return made.result()
+
+    def step(
+        self, *, is_decode: bool, num_rows: int, num_tokens: int, has_rules: bool
+    ) -> Any:
+        """Layout and program of the smallest ready size that holds the step.
+
+        Args:
+            is_decode: Whether every row has one token, its last sampled one.
+            num_rows: Rows of the step.
+            num_tokens: Tokens of the step.
+            has_rules: Whether the step's sampler program follows; a size whose sampler
+                is not ready is passed over while a larger one's is.
+        """
         sizes = self._options.sizes
-        if is_decode:
-            for size in sizes.rows:
-                if size >= num_rows and self._is_ready(("decode", size)):
-                    return self._layout_and_program("decode", size)
-        for size in sizes.tokens:
-            if size >= num_tokens and self._is_ready(("prefill", size)):
-                return self._layout_and_program("prefill", size)
-        raise AssertionError(f"no program for {num_tokens} tokens")
+        fitting = [("decode", n) for n in sizes.rows if is_decode and n >= num_rows]
+        fitting += [("prefill", n) for n in sizes.tokens if n >= num_tokens]
+        ready = [key for key in fitting if self._is_ready(key)]
+        if has_rules:
+            ready = [key for key in ready if self._is_ready(self._sampler_of(key))]
+        if not ready:
+            ready = [("prefill", sizes.tokens[-1])]
+        return self._layout_and_program(*ready[0])
 
     def get(self, kind: str, size: int) -> Compiled:
         """A program; waits until it is compiled."""
@@ -331,9 +305,7 @@ class Programs:
 
     def prompt_logprobs(self) -> Compiled:
         """The prompt log-probability program; waits for it."""
-        return self._submit(
-            ("prompt_logprobs", self._options.sizes.tokens[-1])
-        ).result()
+        return self.get("prompt_logprobs", self._options.sizes.tokens[-1])
 
     def temporary_bytes(self) -> int:
         """Scratch memory and results of the largest program, per device.
@@ -342,17 +314,36 @@ class Programs:
         are compiled later, hence estimated.
         """
         _, program = self.largest_prefill()
-        logits = self._builder.result(self._options.table_rows).logits
-        shard = logits.sharding.shard_shape(logits.shape)
-        rows = shard[0] + PROMPT_CHUNK
-        return max(fresh_bytes(program), LOGITS_COPIES * 4 * rows * shard[1])
+        return max(
+            fresh_bytes(program), sampler_bytes(self._builder.logits(self._table_rows))
+        )
 
     def close(self) -> None:
         """Drops what is not being compiled yet and waits for the rest."""
         self._background.close()
 
+    @property
+    def _table_rows(self) -> int:
+        return self._options.table_rows
+
+    def _awaited_keys(self) -> list[tuple[str, int]]:
+        """The largest prefill, and the smallest where it need not be compiled."""
+        first, last = (("prefill", self._options.sizes.tokens[i]) for i in (0, -1))
+        store, num_blocks = self._store, self._options.num_blocks
+        has_first = store is not None and store.has(num_blocks, first)
+        return [last, first] if has_first and first != last else [last]
+
+    def _make_state(self) -> EngineState:
+        return self._build(("init_state", self._options.num_blocks))()
+
+    def _sampler_of(self, key: tuple[str, int]) -> tuple[str, int]:
+        kind, size = key
+        return "sampler", size if kind == "decode" else self._table_rows
+
     def _layout_and_program(self, kind: str, size: int) -> tuple[InputLayout, Compiled]:
-        layout = self._options.layout(kind, size)
+        layout = self._layouts.get((kind, size))
+        if layout is None:
+            layout = self._layouts[kind, size] = self._options.layout(kind, size)
         return layout, self.get(kind, size)
 
     def _is_ready(self, key: tuple[str, int]) -> bool:
@@ -366,9 +357,15 @@ class Programs:
             return self._futures[key]
 
     def _build(self, key: tuple[str, int]) -> Compiled:
-        kind, size = key
-        if kind == "sampler":
-            return self._builder.sampler(size)
-        if kind == "prompt_logprobs":
-            return self._builder.prompt_logprobs()
-        return self._builder.step(kind, size)
+        """Loads a program, or compiles and exports it."""
+        store, num_blocks = self._store, self._options.num_blocks
+        trees = self._builder.trees(key[0]) if store else None
+        found = store.load(num_blocks, key, trees) if store else None
+        executable = found or self._builder.build(*key)
+        with self._lock:
+            self._fallbacks.update(executable.fallbacks)
+            self._num_loaded += found is not None
+            self._num_compiled += found is None
+        if store and found is None:
+            store.save(num_blocks, key, executable, trees)
+        return executable.program

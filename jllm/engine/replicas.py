@@ -1,9 +1,11 @@
 """Data parallelism: independent engines behind the interface of one."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from jllm.engine.admission import Limits
 from jllm.engine.engine import Engine, ModelInfo
+from jllm.metrics import EngineStats
 from jllm.types import EngineRequest, TokenOutput
 
 
@@ -68,6 +70,21 @@ class Replicas:
             if owner is not None and not owner.is_open(output.request_id):
                 del self._owner[output.request_id]
         return outputs
+
+    def stats(self) -> EngineStats:
+        """Sums over the replicas."""
+        all_stats = [engine.stats() for engine in self._engines]
+        sums = {
+            field.name: sum(getattr(stats, field.name) for stats in all_stats)
+            for field in dataclasses.fields(EngineStats)
+            if field.name not in ("block_states", "step_counts")
+        }
+        counts = zip(*(stats.step_counts for stats in all_stats), strict=True)
+        return EngineStats(
+            **sums | {"block_size": all_stats[0].block_size},
+            block_states=b"".join(stats.block_states for stats in all_stats),
+            step_counts=tuple(map(sum, counts)),
+        )
 
     def wait_until_compiled(self) -> None:
         """Returns when the programs of all replicas are compiled."""

@@ -1,9 +1,9 @@
 """What lives on the device from step to step; every leaf is donated to each step."""
 
+import dataclasses
 import enum
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +45,8 @@ class RowField(enum.IntEnum):
 NUM_FIELDS = RowField.FIRST_STOP_ID + NUM_STOP_IDS
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class RowTable:
     """One row per running sequence, one column per `RowField`.
 
@@ -95,7 +96,8 @@ class RowTable:
         )
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class EngineState:
     """Device state of the engine.
 

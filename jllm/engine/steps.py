@@ -4,15 +4,16 @@ A step is: apply updates, gather the batch, forward, sample, record. Both steps 
 return the whole device state, which is donated: every leaf keeps its address.
 """
 
+import dataclasses
+from functools import partial
 from typing import NamedTuple
 
-import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jllm.engine.inputs import (
-    NO_BLOCK,
     DecodeInput,
     InputLayout,
     PrefillInput,
@@ -20,14 +21,18 @@ from jllm.engine.inputs import (
 )
 from jllm.engine.state import EngineState, Leaf, RowField, RowTable
 from jllm.layers.attention import copy_cache_blocks
+from jllm.layers.kernels import TileTable
 from jllm.models.base import Batch, Model, Weights
 from jllm.sampling.draws import DrawMethod
 from jllm.sampling.logprobs import FINITE, prompt_logprobs
-from jllm.sampling.rows import TokenHistory
-from jllm.sampling.sampler import draw, sample
+from jllm.sampling.rows import SamplingRows, TokenHistory
+from jllm.sampling.rules import RuleLayout, restrict
+from jllm.sampling.sampler import SamplerOptions, draw, sample
+from jllm.scheduler.plan import NO_BLOCK
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class StepResult:
     """What a step leaves on the device.
 
@@ -44,6 +49,19 @@ class StepResult:
     hidden: Leaf  # [T, E]
 
 
+class SamplerInput(NamedTuple):
+    """What the host tells the sampler programs.
+
+    Attributes:
+        rules: Packed rules of all rows of the table.
+        allowed: Bit set of the ids that the grammar of each row of the step allows; all
+            ones without a grammar.
+    """
+
+    rules: Leaf  # i32[R, X]
+    allowed: Leaf  # i32[S, A]
+
+
 class Turn(NamedTuple):
     """The rows of a step and how far each goes.
 
@@ -58,6 +76,28 @@ class Turn(NamedTuple):
     rows: RowTable
     advance: Int[Array, " S"]
     samples: Bool[Array, " S"]
+
+    def positions(self) -> Int[Array, " S"]:
+        """Length of each row after the step."""
+        return self.rows.integer(RowField.POSITION) + self.advance
+
+    def sampling(self) -> SamplingRows:
+        """How the next token of each row is drawn."""
+        return self.rows.sampling(self.positions())
+
+
+class Drawn(NamedTuple):
+    """Tokens of a step.
+
+    Attributes:
+        tokens: Drawn ids.
+        logits: Scores that they were drawn from.
+        finite: Whether a row's scores are finite.
+    """
+
+    tokens: Int[Array, " S"]
+    logits: Float[Array, "S V"]
+    finite: Bool[Array, " S"]
 
 
 def decode_step(
@@ -81,7 +121,7 @@ def decode_step(
     tables = state.block_tables.at[
         _drop_unless(appends, inputs.rows, state), positions // block_size
     ].set(inputs.blocks, mode="drop", unique_indices=True)
-    state = state.replace(block_tables=tables)  # pyright: ignore[reportAttributeAccessIssue]
+    state = dataclasses.replace(state, block_tables=tables)
     batch = Batch(
         tokens=rows.integer(RowField.LAST_TOKEN),
         positions=positions,
@@ -92,9 +132,10 @@ def decode_step(
         is_decode=True,
     )
     state, hidden = _forward(model, weights, state, batch)
-    logits = model.logits(weights, hidden)
     turn = Turn(inputs.rows, rows, live.astype(jnp.int32), live)
-    return _draw_and_record(method, state, turn, logits, hidden)
+    score = partial(_score, model, method, weights, layout.num_rows)
+    drawn = score(hidden, turn.sampling())
+    return _record_drawn(state, turn, drawn, hidden)
 
 
 def prefill_step(
@@ -116,23 +157,36 @@ def prefill_step(
     batch = _ragged_batch(layout, state, inputs, rows, live)
     state, hidden = _forward(model, weights, state, batch)
     last = hidden.at[batch.row_starts[1:] - 1].get(mode="clip")
-    logits = model.logits(weights, last)
     advance = jnp.where(live, inputs.num_tokens, 0)
     turn = Turn(inputs.rows, rows, advance, live & (inputs.samples == 1))
-    return _draw_and_record(method, state, turn, logits, hidden)
+    score = partial(_score, model, method, weights)
+    counts = jnp.array(layout.scored_rows[:-1], jnp.int32)
+    drawn = jax.lax.switch(
+        jnp.sum(jnp.sum(inputs.samples) > counts),
+        [partial(score, count) for count in layout.scored_rows],
+        last,
+        turn.sampling(),
+    )
+    return _record_drawn(state, turn, drawn, hidden)
 
 
 def sampler_step(
-    method: DrawMethod,
-    num_logprobs: int,
+    options: SamplerOptions,
     state: EngineState,
     logits: Float[Array, "S V"],
     sampled_rows: Int[Array, " S"],
-    rules: Int[Array, "R X"],
+    inputs: SamplerInput,
 ) -> tuple[EngineState, Int[Array, "S W"]]:
     """Samples the rows of a step again, with every rule and with log-probabilities.
 
     Rows without rules get the token that the step itself drew. Donates: state.
+
+    Args:
+        options: What is the same for all rows and steps.
+        state: Device state.
+        logits: The model's scores.
+        sampled_rows: Row of the table that each belongs to.
+        inputs: Rules and grammars of the rows.
     """
     rows = state.rows.take(sampled_rows)
     positions = rows.integer(RowField.POSITION)
@@ -141,24 +195,23 @@ def sampler_step(
         block_tables=state.block_tables.at[sampled_rows].get(mode="clip"),
         lengths=positions,
     )
-    own_rules = rules.at[sampled_rows].get(mode="clip")
-    result = sample(
-        logits, rows.sampling(positions), history, own_rules, num_logprobs, method
-    )
+    layout = RuleLayout(logits.shape[1])
+    rules = inputs.rules.at[sampled_rows].get(mode="clip")
+    own_rules = restrict(layout, rules, inputs.allowed)
+    result = sample(logits, rows.sampling(positions), history, own_rules, options)
     fields = _record(rows, result.tokens, jnp.ones_like(positions, bool))
-    state = state.replace(rows=state.rows.put(sampled_rows, fields))  # pyright: ignore[reportAttributeAccessIssue]
+    state = dataclasses.replace(state, rows=state.rows.put(sampled_rows, fields))
     return state, result.packed
 
 
 def prompt_logprobs_step(
     model: Model,
-    method: DrawMethod,
-    num_logprobs: int,
+    options: SamplerOptions,
     weights: Weights,
     state: EngineState,
     result: StepResult,
     targets: Int[Array, " T"],
-    rules: Int[Array, "R X"],
+    inputs: SamplerInput,
 ) -> tuple[EngineState, tuple[Int[Array, "S W"], Int[Array, "T W"]]]:
     """Does what `sampler_step` does, and scores given next tokens of the prompt.
 
@@ -166,13 +219,13 @@ def prompt_logprobs_step(
     memory. Donates: state.
     """
     state, packed = sampler_step(
-        method, num_logprobs, state, result.logits, result.sampled_rows, rules
+        options, state, result.logits, result.sampled_rows, inputs
     )
     scores = prompt_logprobs(
         result.hidden,
         targets,
         lambda some: model.logits(weights, some),
-        num_logprobs,
+        options.num_logprobs,
     )
     return state, (packed, scores)
 
@@ -258,7 +311,14 @@ def _ragged_batch(
         block_tables=state.block_tables.at[inputs.rows].get(mode="clip"),
         row_starts=row_starts,
         lengths=jnp.where(live, first + inputs.num_tokens, inputs.num_tokens),
+        tiles=_tile_table(layout, inputs),
     )
+
+
+def _tile_table(layout: InputLayout, inputs: PrefillInput) -> TileTable | None:
+    if layout.tiles is None or inputs.tiles is None:
+        return None
+    return TileTable(inputs.tiles, layout.tiles)
 
 
 def _forward(
@@ -270,31 +330,49 @@ def _forward(
     block_tokens = state.block_tokens.at[
         batch.slots // block_size, batch.slots % block_size
     ].set(batch.tokens, mode="drop", unique_indices=True)
-    return state.replace(kv=kv, block_tokens=block_tokens), hidden  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(state, kv=kv, block_tokens=block_tokens), hidden
 
 
-def _draw_and_record(
+def _score(
+    model: Model,
     method: DrawMethod,
-    state: EngineState,
-    turn: Turn,
-    logits: Float[Array, "S V"],
-    hidden: Float[Array, "T E"],
-) -> tuple[EngineState, StepResult]:
-    """Draws a token per row, greedy or by temperature, and advances the rows."""
-    positions = turn.rows.integer(RowField.POSITION) + turn.advance
-    tokens = draw(logits, turn.rows.sampling(positions), method)
-    moved = RowTable(turn.rows.fields.at[:, RowField.POSITION].set(positions))
-    fields = _record(moved, tokens, turn.samples)
+    weights: Weights,
+    num_scored: int,
+    last: Float[Array, "S E"],
+    sampling: SamplingRows,
+) -> Drawn:
+    """Draws a token for the first rows, greedy or by temperature; zeros for others."""
+    first = jax.tree.map(lambda column: column[:num_scored], sampling)
+    logits = model.logits(weights, last[:num_scored])
+    tokens = draw(logits, first, method)
     # A NaN anywhere makes the largest logit NaN; padded ids are minus infinity.
     finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    rest = last.shape[0] - num_scored
+    if rest:
+        tokens, logits = (_pad_rows(x, rest) for x in (tokens, logits))
+        others = jnp.all(jnp.isfinite(last[num_scored:]), axis=-1)
+        finite = jnp.concatenate([finite, others])
+    return Drawn(tokens, logits, finite)
+
+
+def _pad_rows(x: Shaped[Array, "N ..."], count: int) -> Shaped[Array, "S ..."]:
+    return jnp.pad(x, [(0, count)] + [(0, 0)] * (x.ndim - 1))
+
+
+def _record_drawn(
+    state: EngineState, turn: Turn, drawn: Drawn, hidden: Float[Array, "T E"]
+) -> tuple[EngineState, StepResult]:
+    """Advances the rows, and puts together what the step leaves on the device."""
+    moved = turn.rows.fields.at[:, RowField.POSITION].set(turn.positions())
+    fields = _record(RowTable(moved), drawn.tokens, turn.samples)
     result = StepResult(
-        packed=jnp.stack([tokens, jnp.where(finite, FINITE, 0)], axis=1),
-        logits=logits,
+        packed=jnp.stack([drawn.tokens, jnp.where(drawn.finite, FINITE, 0)], axis=1),
+        logits=drawn.logits,
         sampled_rows=_drop_unless(turn.samples, turn.row_ids, state),
         hidden=hidden,
     )
     rows = state.rows.put(turn.row_ids, fields)
-    return state.replace(rows=rows), result  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(state, rows=rows), result
 
 
 def _record(

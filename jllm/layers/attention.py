@@ -9,10 +9,11 @@ from functools import partial
 import jax
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped
 
 from jllm.layers.batch import Batch
-from jllm.layers.kernels import Implementation, Target
+from jllm.layers.kernels import Implementation, Target, TileLayout
 from pallas_kernels import (
     copy_blocks,
     paged_attention,
@@ -23,6 +24,7 @@ from pallas_kernels import (
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.kv_write import HeadNorms, Heads, Rotation, rotate_and_widen
 from pallas_kernels.paged_attention import NewTokens
+from pallas_kernels.ragged_attention import tile_layout as ragged_tile_layout
 
 HEADS = PartitionSpec(None, "tensor", None)
 KV_HEADS = PartitionSpec(None, None, "tensor", None, None)
@@ -85,6 +87,31 @@ def cached_attention(
     return local(heads, rotation, norms, kv, batch)
 
 
+def tile_layout(
+    num_heads: int,
+    dtype: DTypeLike,
+    kv: jax.ShapeDtypeStruct,
+    options: AttentionOptions,
+) -> TileLayout | None:
+    """How prefill attention wants a step's tokens cut; None where it does not care.
+
+    Args:
+        num_heads: Query heads of all devices.
+        dtype: Type of the queries.
+        kv: Shape `[B, 2, K, P, W]` and type of the pool of all devices.
+        options: As `cached_attention` is called.
+    """
+    num_devices = 1 if options.mesh is None else options.mesh.shape["tensor"]
+    heads, width = kv.shape[2] // num_devices, kv.shape[4]
+    pool = jax.ShapeDtypeStruct((*kv.shape[:2], heads, *kv.shape[3:]), kv.dtype)
+    return ragged_tile_layout(
+        jax.ShapeDtypeStruct((1, num_heads // num_devices, width), dtype),
+        pool,
+        implementation=options.implementation,
+        target=options.target,
+    )
+
+
 def _write_and_attend(
     heads: Heads,
     rotation: Rotation,
@@ -137,6 +164,7 @@ def _write_and_attend(
             batch.row_starts,
             lengths,
             scores,
+            tiles=batch.tiles,
             implementation=options.implementation,
             target=options.target,
         )

@@ -1,11 +1,16 @@
 """The tokens of one step, as models and attention layers take them."""
 
-import flax.struct
+import dataclasses
+
+import jax
 from jax import Array
 from jaxtyping import Int
 
+from jllm.layers.kernels import TileTable
 
-@flax.struct.dataclass
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """The tokens of one step, packed row after row.
 
@@ -21,6 +26,8 @@ class Batch:
         block_tables: Pool block of each run of `block_size` positions of each row.
         row_starts: First token of each row in the packed order, then their number.
         lengths: Tokens of each row in the cache after this step; zero for unused rows.
+        tiles: The tokens cut for the attention kernel, as the model's `tile_layout`
+            says; None leaves that to the kernel.
         is_decode: Whether every row has exactly one token, token `s` that of row `s`.
     """
 
@@ -30,4 +37,5 @@ class Batch:
     block_tables: Int[Array, "S M"]
     row_starts: Int[Array, " S+1"]
     lengths: Int[Array, " S"]
-    is_decode: bool = flax.struct.field(pytree_node=False, default=False)
+    tiles: TileTable | None = None
+    is_decode: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -6,5 +6,14 @@ from pallas_kernels.common.dispatch import (
     collect_fallbacks,
 )
 from pallas_kernels.common.target import Target
+from pallas_kernels.ragged_attention import TileLayout, TileTable, make_tiles
 
-__all__ = ["Fallback", "Implementation", "Target", "collect_fallbacks"]
+__all__ = [
+    "Fallback",
+    "Implementation",
+    "Target",
+    "TileLayout",
+    "TileTable",
+    "collect_fallbacks",
+    "make_tiles",
+]

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from jllm.layers.batch import Batch
-from jllm.layers.kernels import Implementation, Target
+from jllm.layers.kernels import Implementation, Target, TileLayout
 
 Weights = Mapping[str, Any]
 """Tree of arrays with the structure of `Model.specs()`."""
@@ -157,6 +157,10 @@ class Model(Protocol):
 
     def kv_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         """Shape `(B, 2, K, P, D)` of one layer's pool, `D` perhaps padded."""
+        ...
+
+    def tile_layout(self, block_size: int) -> TileLayout | None:
+        """How `Batch.tiles` are cut; None where the batches have none."""
         ...
 
     def init_kv(self, num_blocks: int, block_size: int) -> KVCache:

@@ -22,8 +22,10 @@ from jllm.layers.attention import (
     HeadNorms,
     Heads,
     cached_attention,
+    tile_layout,
 )
 from jllm.layers.embedding import embed, output_logits
+from jllm.layers.kernels import TileLayout
 from jllm.layers.linear import linear
 from jllm.layers.mlp import gated_mlp
 from jllm.layers.norm import rms_norm
@@ -108,6 +110,12 @@ class Decoder:
         multiple = self.options.kv_width_multiple
         width = -(-self.config.head_dim // multiple) * multiple
         return (num_blocks, 2, self.num_kv_heads, block_size, width)
+
+    def tile_layout(self, block_size: int) -> TileLayout | None:
+        """How `Batch.tiles` are cut; None where the batches have none."""
+        pool = jax.ShapeDtypeStruct(self.kv_shape(1, block_size), self.kv_dtype)
+        heads, dtype = self.config.num_heads, self.options.dtype
+        return tile_layout(heads, dtype, pool, self._attention_options)
 
     def init_kv(self, num_blocks: int, block_size: int) -> KVCache:
         """An empty cache: zeros, since a NaN in an unused place would spread."""

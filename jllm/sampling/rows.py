@@ -1,12 +1,15 @@
 """What the sampler knows of each row: its parameters and its tokens so far."""
 
-import flax.struct
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, UInt32
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SamplingRows:
     """Sampling parameters of the rows of a step; neutral values in brackets.
 
@@ -39,7 +42,8 @@ class SamplingRows:
     min_tokens: Int[Array, " S"]
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TokenHistory:
     """The contexts of the rows of a step, read through their block tables.
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +48,8 @@ class RowRules:
     logprob_token_ids: Sequence[int] = ()
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Rules:
     """The rules of the rows of a step on the device.
 
@@ -154,6 +154,20 @@ def unpack_rules(layout: RuleLayout, packed: Int[Array, "S X"]) -> Rules:
         bad_ends=part["bad_places"] % MAX_BAD_WORD_TOKENS,
         logprob_ids=part["logprob_ids"],
     )
+
+
+def restrict(
+    layout: RuleLayout, packed: Int[Array, "S X"], allowed: Int[Array, "S A"]
+) -> Int[Array, "S X"]:
+    """Takes from packed rows, on the device, the ids that `allowed` does not allow.
+
+    Args:
+        layout: Where the tables lie.
+        packed: Packed rules of each row.
+        allowed: Bit set per row, as in `Rules`; all ones change nothing.
+    """
+    place = layout.sections["allowed"]
+    return packed.at[:, place].set(packed[:, place] & allowed)
 
 
 def _put_ids(

@@ -1,9 +1,10 @@
 """From scores to tokens: the plain draw of every step, and the one with every rule."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -14,6 +15,7 @@ from jllm.sampling.draws import DRAWS, DrawMethod, row_keys
 from jllm.sampling.logprobs import pack_result
 from jllm.sampling.rows import SamplingRows, TokenHistory
 from jllm.sampling.rules import RuleLayout, Rules, unpack_rules
+from jllm.sampling.transforms import AUTO_SEARCH, ThresholdSearch
 from jllm.types import GREEDY_TEMPERATURE
 
 
@@ -23,6 +25,22 @@ class Context(NamedTuple):
     rows: SamplingRows
     history: TokenHistory
     rules: Rules
+    search: ThresholdSearch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SamplerOptions:
+    """What is the same for all rows and steps.
+
+    Attributes:
+        num_logprobs: Number of best log-probabilities returned.
+        method: How tokens are drawn.
+        search: How top-k and top-p find what they keep.
+    """
+
+    num_logprobs: int
+    method: DrawMethod = "inverse_cdf"
+    search: ThresholdSearch = AUTO_SEARCH
 
 
 Transform = Callable[[Float[Array, "S V"], Context], Float[Array, "S V"]]
@@ -32,20 +50,21 @@ Transform = Callable[[Float[Array, "S V"], Context], Float[Array, "S V"]]
 ADJUSTMENTS: tuple[Transform, ...] = (
     lambda s, c: transforms.add_bias(s, c.rules.bias_ids, c.rules.bias_values),
     lambda s, c: transforms.apply_penalties(s, c.rows, c.history),
-)
-MASKS: tuple[Transform, ...] = (
     lambda s, c: transforms.ban_unless_allowed(s, c.rules.allowed),
+)
+# Where these leave nothing, the best of what is allowed is taken.
+MASKS: tuple[Transform, ...] = (
     lambda s, c: transforms.ban_early_stop(s, c.rows, c.rules.stop_ids),
     lambda s, c: transforms.ban_bad_words(s, c.rows, c.history, c.rules),
 )
 FILTERS: tuple[Transform, ...] = (
-    lambda s, c: transforms.apply_top_k(s, c.rows.top_k),
-    lambda s, c: transforms.apply_top_p(s, c.rows.top_p, c.rows.temperature),
+    lambda s, c: transforms.apply_top_k_top_p(s, c.rows, c.search),
     lambda s, c: transforms.apply_min_p(s, c.rows.min_p, c.rows.temperature),
 )
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SampleResult:
     """Sampled tokens, and all that the host needs to know of them.
 
@@ -74,8 +93,7 @@ def sample(
     rows: SamplingRows,
     history: TokenHistory,
     rules: Int[Array, "S X"],
-    num_logprobs: int,
-    method: DrawMethod = "inverse_cdf",
+    options: SamplerOptions,
 ) -> SampleResult:
     """Draws a token per row with every rule, and returns its log-probabilities.
 
@@ -86,13 +104,12 @@ def sample(
         rows: Parameters of each row.
         history: Context of each row.
         rules: Packed rules of each row, see `pack_rules`.
-        num_logprobs: Number of best log-probabilities returned.
-        method: How tokens are drawn.
+        options: What is the same for all rows and steps.
     """
     unpacked = unpack_rules(RuleLayout(logits.shape[1]), rules)
-    scores = apply_rules(logits, Context(rows, history, unpacked))
-    tokens = draw(scores, rows, method)
-    packed = pack_result(logits, tokens, unpacked.logprob_ids, num_logprobs)
+    context = Context(rows, history, unpacked, options.search)
+    tokens = draw(apply_rules(logits, context), rows, options.method)
+    packed = pack_result(logits, tokens, unpacked.logprob_ids, options.num_logprobs)
     return SampleResult(tokens=tokens, packed=packed)
 
 

@@ -5,6 +5,8 @@ for bit as they are. Nothing here sorts, gathers or sums up prefixes of the voca
 where it is sharded, devices exchange numbers per row only.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -12,8 +14,26 @@ from jaxtyping import Bool, Float, Int
 from jllm.sampling.history import banned_by_words, count_tokens
 from jllm.sampling.rows import SamplingRows, TokenHistory
 from jllm.sampling.rules import BITS, Rules
-from jllm.sampling.search import largest_threshold
-from jllm.sampling.temperature import divisor, weights
+from jllm.sampling.temperature import divisor
+from pallas_kernels.common.dispatch import Implementation
+from pallas_kernels.common.target import Target
+from pallas_kernels.top_p_threshold import top_p_threshold
+
+
+class ThresholdSearch(NamedTuple):
+    """How the lowest score is found that top-k and top-p keep.
+
+    Attributes:
+        implementation: Of `top_p_threshold`; only "reference" leaves a sharded
+            vocabulary where it is.
+        target: Device to compile for, None for the default one.
+    """
+
+    implementation: Implementation = "auto"
+    target: Target | None = None
+
+
+AUTO_SEARCH = ThresholdSearch()
 
 
 def add_bias(
@@ -87,35 +107,23 @@ def keep_best_if_all_banned(
     return jnp.where(none_left, _ban(scores, scores < best), masked)
 
 
-def apply_top_k(
-    scores: Float[Array, "S V"], top_k: Int[Array, " S"]
+def apply_top_k_top_p(
+    scores: Float[Array, "S V"], rows: SamplingRows, search: ThresholdSearch
 ) -> Float[Array, "S V"]:
-    """Keeps the `top_k` best scores and all that equal the last of them."""
-    vocab_size = scores.shape[1]
-    neutral = (top_k <= 0) | (top_k >= vocab_size)
+    """Keeps the `top_k` best scores, of these those whose probabilities reach `top_p`.
 
-    def enough(kept: Bool[Array, "S V"]) -> Bool[Array, " S"]:
-        return jnp.sum(kept, axis=1, dtype=jnp.int32) >= top_k
-
-    return _keep_from(scores, largest_threshold(scores, enough), neutral)
-
-
-def apply_top_p(
-    scores: Float[Array, "S V"],
-    top_p: Float[Array, " S"],
-    temperature: Float[Array, " S"],
-) -> Float[Array, "S V"]:
-    """Keeps the best scores whose probabilities reach `top_p`, and ties of the last.
-
-    Holtzman et al., 2019, The Curious Case of Neural Text Degeneration.
+    All that equal the last one kept are kept too. Holtzman et al., 2019, The Curious
+    Case of Neural Text Degeneration.
     """
-    relative = weights(scores, jnp.max(scores, axis=1), temperature)
-    target = top_p * jnp.sum(relative, axis=1)
-
-    def enough(kept: Bool[Array, "S V"]) -> Bool[Array, " S"]:
-        return jnp.sum(jnp.where(kept, relative, 0.0), axis=1) >= target
-
-    return _keep_from(scores, largest_threshold(scores, enough), top_p >= 1)
+    lowest = top_p_threshold(
+        scores,
+        rows.top_k,
+        rows.top_p,
+        divisor(rows.temperature),
+        implementation=search.implementation,
+        target=search.target,
+    )
+    return _ban(scores, scores < lowest[:, None])
 
 
 def apply_min_p(

@@ -31,6 +31,14 @@ class BlockPool:
         """Blocks that `allocate` can hand out, evictable ones included."""
         return len(self._free) + len(self._evictable)
 
+    def states(self) -> bytes:
+        """What each block is used for; may be called from another thread."""
+        cached = self._evictable
+        return bytes(
+            min(count, 2) + 1 if count else int(block in cached)
+            for block, count in enumerate(self._references)
+        )
+
     def references(self, block: int) -> int:
         """Number of block tables that hold the block."""
         return self._references[block]

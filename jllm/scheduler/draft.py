@@ -1,8 +1,16 @@
 """A plan in the making."""
 
+from collections.abc import Sequence
+
 from jllm.config import SchedulerConfig
 from jllm.scheduler.block_tables import Match
-from jllm.scheduler.plan import BlockCopy, ScheduledRow, StepPlan
+from jllm.scheduler.plan import (
+    NO_DECODE_ROWS,
+    BlockCopy,
+    DecodeRows,
+    ScheduledRow,
+    StepPlan,
+)
 from jllm.scheduler.request import Request
 
 
@@ -15,18 +23,18 @@ class Draft:
         appends_left: Entries of block tables that can still be sent.
         copies_left: Block copies that can still be sent.
         num_starts: Rows that start in this step.
-        requests: The sequence of each row.
         first_samples: Sequences that sample for the first time since they started.
     """
 
     __slots__ = (
         "_budget",
-        "_rows",
+        "_chunks",
+        "_decode_requests",
+        "_decoding",
         "appends_left",
         "copies_left",
         "first_samples",
         "num_starts",
-        "requests",
         "step",
         "tokens_left",
     )
@@ -38,13 +46,29 @@ class Draft:
         self.appends_left = config.max_block_appends
         self.copies_left = config.max_block_copies
         self.num_starts = 0
-        self.requests: list[Request] = []
         self.first_samples: list[Request] = []
-        self._rows: list[ScheduledRow] = []
+        self._decoding = NO_DECODE_ROWS
+        self._decode_requests: Sequence[Request] = ()
+        self._chunks: list[tuple[ScheduledRow, Request]] = []
 
-    def add(self, request: Request, count: int, new_blocks: tuple[int, ...]) -> None:
-        """Adds a running sequence, whose table ends with the new blocks."""
-        on_device = request.first_sample_step > 0
+    @property
+    def requests(self) -> list[Request]:
+        """The sequence of each row, in the order of the plan."""
+        chunks = [request for _, request in self._ordered_chunks()]
+        return [*self._decode_requests, *chunks]
+
+    def _ordered_chunks(self) -> list[tuple[ScheduledRow, Request]]:
+        return sorted(self._chunks, key=lambda chunk: not chunk[0].samples)
+
+    def set_decoding(self, rows: DecodeRows, requests: Sequence[Request]) -> None:
+        """Sets the rows that decode; their blocks have been counted."""
+        self._decoding, self._decode_requests = rows, requests
+        self.tokens_left -= len(rows)
+
+    def add_chunk(
+        self, request: Request, count: int, new_blocks: tuple[int, ...]
+    ) -> None:
+        """Adds tokens of a running sequence, whose table ends with the new blocks."""
         position = request.num_computed_tokens
         end = position + count
         row = ScheduledRow(
@@ -52,11 +76,10 @@ class Draft:
             request.row,
             position,
             count,
-            () if on_device else tuple(request.token_ids[position:end]),
-            end == len(request.token_ids) + request.num_pending,
-            False,
-            len(request.block_ids) - len(new_blocks),
-            new_blocks,
+            tuple(request.token_ids[position:end]),
+            samples=end == request.num_tokens,
+            first_block=len(request.block_ids) - len(new_blocks),
+            new_blocks=new_blocks,
         )
         self._add(request, row)
 
@@ -84,19 +107,18 @@ class Draft:
         self._add(request, row)
 
     def _add(self, request: Request, row: ScheduledRow) -> None:
-        self._rows.append(row)
-        self.requests.append(request)
+        self._chunks.append((row, request))
         self.tokens_left -= row.num_tokens
         self.appends_left -= len(row.new_blocks)
         request.num_computed_tokens += row.num_tokens
         if row.samples:
-            request.num_pending += 1
-            if not request.first_sample_step:
-                request.first_sample_step = self.step
-                self.first_samples.append(request)
+            request.first_sample_step = self.step
+            self.first_samples.append(request)
 
     def plan(self) -> StepPlan | None:
         """Makes the plan, None without rows."""
-        if not self._rows:
+        num_tokens = self._budget - self.tokens_left
+        if not num_tokens:
             return None
-        return StepPlan(self.step, tuple(self._rows), self._budget - self.tokens_left)
+        chunks = tuple(row for row, _ in self._ordered_chunks())
+        return StepPlan(self.step, self._decoding, chunks, num_tokens)

@@ -3,6 +3,10 @@
 import dataclasses
 from typing import NamedTuple
 
+import numpy as np
+
+NO_BLOCK = -1
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlockCopy:
@@ -18,8 +22,7 @@ class BlockCopy:
 class ScheduledRow(NamedTuple):
     """The share of one sequence in a step.
 
-    A named tuple, because one is made per row and step and a dataclass costs four times
-    as much.
+    A named tuple, because a dataclass costs four times as much to make.
 
     Attributes:
         sequence_id: Id of the sequence in the scheduler.
@@ -47,21 +50,117 @@ class ScheduledRow(NamedTuple):
     copy: BlockCopy | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class DecodeRows:
+    """The rows of a step that compute the token they sampled last, as columns.
+
+    Nothing is made per row, since there are hundreds of them in every step.
+
+    Attributes:
+        sequence_ids: i64[N] ids of the sequences.
+        rows: i32[N] rows of the device table.
+        positions: i32[N] position of the token.
+        new_blocks: i32[N] block appended to the table, or `NO_BLOCK`.
+        are_last: bool[N] whether the token sampled now is the last there is room for.
+        block_size: Tokens per block.
+    """
+
+    sequence_ids: np.ndarray
+    rows: np.ndarray
+    positions: np.ndarray
+    new_blocks: np.ndarray
+    are_last: np.ndarray
+    block_size: int
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    @property
+    def first_blocks(self) -> np.ndarray:
+        """i32[N] index in the block table of the token's block."""
+        return self.positions // self.block_size
+
+    def one_by_one(self) -> list[ScheduledRow]:
+        """The same, row by row."""
+        columns = (
+            self.sequence_ids,
+            self.rows,
+            self.positions,
+            self.first_blocks,
+            self.new_blocks,
+        )
+        found: list[ScheduledRow] = []
+        for values in zip(*(column.tolist() for column in columns), strict=True):
+            sequence_id, row, position, first, block = values
+            blocks = () if block == NO_BLOCK else (block,)
+            found.append(
+                ScheduledRow(
+                    sequence_id,
+                    row,
+                    position,
+                    1,
+                    (),
+                    samples=True,
+                    first_block=first,
+                    new_blocks=blocks,
+                )
+            )
+        return found
+
+
+_NOTHING = np.zeros(0, np.int32)
+NO_DECODE_ROWS = DecodeRows(
+    sequence_ids=_NOTHING,
+    rows=_NOTHING,
+    positions=_NOTHING,
+    new_blocks=_NOTHING,
+    are_last=_NOTHING,
+    block_size=1,
+)
+"""The columns of a step in which no row decodes."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """One step: at least one row, `num_tokens` within the token budget.
 
+    The rows of the step are those that decode, then the chunks that sample, then the
+    others; no row of the table is there twice.
+
     Attributes:
         step: Number of the step, counted from 1.
-        rows: The scheduled rows, each row of the table at most once.
+        decoding: The rows that compute the one token that they sampled last.
+        chunks: The others: parts of prompts, and what is computed again.
         num_tokens: Sum over the rows.
     """
 
     step: int
-    rows: tuple[ScheduledRow, ...]
+    decoding: DecodeRows
+    chunks: tuple[ScheduledRow, ...]
     num_tokens: int
 
     @property
     def is_decode(self) -> bool:
         """Whether every row computes just the token that it sampled last."""
-        return all(not row.tokens for row in self.rows)
+        return not self.chunks
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(self.decoding) + len(self.chunks)
+
+    @property
+    def table_rows(self) -> list[int]:
+        """Rows of the device table, in order."""
+        return [*self.decoding.rows.tolist(), *(row.row for row in self.chunks)]
+
+    @property
+    def samples(self) -> list[bool]:
+        """Whether each row samples a token."""
+        return [True] * len(self.decoding) + [row.samples for row in self.chunks]
+
+    @property
+    def rows(self) -> tuple[ScheduledRow, ...]:
+        """All rows one by one, to look at."""
+        return (*self.decoding.one_by_one(), *self.chunks)

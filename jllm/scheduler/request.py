@@ -42,9 +42,10 @@ class Request:
         fork_of: Sequence 0 of the same request.
         payload: Anything the caller wants to find again.
         token_ids: Prompt and output as far as the host knows them.
-        num_computed_tokens: Tokens whose KV has been computed or is being computed.
-        num_pending: Sampled tokens whose value has not reached the host. At most 1 when
-            a step is planned, at most 2 between planning and commit.
+        num_computed_tokens: Tokens whose KV has been computed or is being computed,
+            until it samples; from then on see `Scheduler.num_computed_tokens`.
+        num_pending: Tokens sampled before it was preempted whose values have not
+            reached the host; while it runs see `Scheduler.num_pending`.
         row: Row of the device table, -1 without one.
         block_ids: Block table.
         num_preemptions: How often it was preempted.

@@ -5,8 +5,10 @@ the rest, under one budget of tokens per step. Chunks of prompts, single tokens,
 the prefix cache and preempted sequences are all this one case.
 
 Sequences take turns by priority, then arrival: first those that run, then those that
-wait, none overtaking. When the pool is exhausted, the last of the running gives up its
-blocks and waits again, which may be the one that asked.
+wait, none overtaking. Whoever computes a single token gets it before the chunks share
+what is left of the budget, so that no prompt delays an output. When the pool is
+exhausted, the last of the running gives up its blocks and waits again, which may be the
+one that asked.
 
 A sequence is preempted `max_preemptions` times at most. From then on it is immune: it
 starts only when all blocks that it can ever need are free, and these are reserved for
@@ -20,14 +22,17 @@ plans in order, so blocks and rows can be given away as soon as their owner has 
 """
 
 import collections
-from collections.abc import Sequence
-from typing import NamedTuple
+import heapq
+from collections.abc import Collection, Iterator, Sequence
+from operator import attrgetter
 
 from jllm.config import SchedulerConfig
 from jllm.errors import ConfigError, ContextTooLongError, InvalidRequestError
 from jllm.scheduler.block_pool import BlockPool
 from jllm.scheduler.block_tables import BlockTables, Match
+from jllm.scheduler.decoding import DecodingSequences
 from jllm.scheduler.draft import Draft
+from jllm.scheduler.launched import LaunchedStep, SequenceUpdate
 from jllm.scheduler.plan import StepPlan
 from jllm.scheduler.request import Request, RequestStatus
 from jllm.scheduler.sequences import Sequences
@@ -36,46 +41,6 @@ from jllm.types import FinishReason
 MAX_UNCOMMITTED = 2
 SPARE_SHARE = 100
 """While others run, a start leaves one block in so many free for them to grow into."""
-
-
-class RowResult(NamedTuple):
-    """What the device reports for one row of a plan.
-
-    Attributes:
-        token_id: The sampled token, anything if the row does not sample.
-        finite: Whether the row's logits were finite.
-    """
-
-    token_id: int
-    finite: bool
-
-
-class SequenceUpdate(NamedTuple):
-    """What a committed step did to one sequence.
-
-    Attributes:
-        request: The sequence.
-        plan_index: Its place in the plan's rows.
-        token_id: Its new token, None if it failed.
-        finish_reason: Why it has ended; None if it goes on.
-    """
-
-    request: Request
-    plan_index: int
-    token_id: int | None
-    finish_reason: FinishReason | None
-
-
-class _Launched(NamedTuple):
-    """A plan that is not committed, with the sequences of its rows.
-
-    The number of preemptions at launch tells whether a sequence still has the blocks
-    that the step wrote to.
-    """
-
-    plan: StepPlan
-    requests: list[Request]
-    num_preemptions: list[int]
 
 
 class Scheduler:
@@ -94,7 +59,8 @@ class Scheduler:
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self._sequences = Sequences(config.max_num_seqs)
-        self._launched: collections.deque[_Launched] = collections.deque()
+        self._decoding = DecodingSequences(config.max_num_seqs, config.block_size)
+        self._launched: collections.deque[LaunchedStep] = collections.deque()
         self._num_steps = 0
         self._num_preemptions = 0
         self._num_prefix_queries = 0
@@ -153,14 +119,19 @@ class Scheduler:
         immune = request.num_preemptions >= self._config.max_preemptions
         if immune or request.status is not RequestStatus.RUNNING:
             return False
-        self._tables.release(request)
+        self._release(request)
         self._sequences.preempt(request)
         self._num_preemptions += 1
         return True
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
-        self._tables.release(request)
+        self._release(request)
         self._sequences.finish(request, reason)
+
+    def _release(self, request: Request) -> None:
+        if request.first_sample_step:
+            self._decoding.remove(request)
+        self._tables.release(request)
 
     # --- planning ------------------------------------------------------------
 
@@ -178,35 +149,61 @@ class Scheduler:
             self._schedule_waiting(draft)
         for parent in draft.first_samples:
             self._sequences.queue_forks(parent)
+            self._decoding.add(parent)
         self._tables.end_step()
         plan = draft.plan()
         if plan is not None:
             self._num_steps = plan.step
-            epochs = [request.num_preemptions for request in draft.requests]
-            self._launched.append(_Launched(plan, draft.requests, epochs))
+            requests = draft.requests
+            chunks = requests[len(plan.decoding) :]
+            epochs = [request.num_preemptions for request in chunks]
+            self._launched.append(LaunchedStep(plan, requests, epochs))
         return plan
 
     def _schedule_running(self, draft: Draft) -> None:
-        running, block_size = self._sequences.running, self._config.block_size
-        index = 0
-        while index < len(running) and draft.tokens_left:
-            request = running[index]
-            index += 1
-            pending = request.num_pending
-            length = len(request.token_ids) + pending
-            if pending and length >= request.max_length:
-                continue  # its last token is on the way
-            position = request.num_computed_tokens
-            count = min(length - position, draft.tokens_left)
-            new_blocks: tuple[int, ...] = ()
-            room = len(request.block_ids) * block_size - position
-            if count > room:
-                count = min(count, room + draft.appends_left * block_size)
-                new_blocks = self._grow(request, position + count)
+        """Blocks are given in the order of turns, tokens to single ones first."""
+        due = self._decoding.due(draft.tokens_left)
+        for request in self._in_turn(due.lacking):
             if request.row < 0:
-                index -= 1  # it was preempted itself and has left the list
-            elif count:
-                draft.add(request, count, new_blocks)
+                continue  # preempted by one before it
+            if not request.first_sample_step:
+                self._schedule_chunk(request, draft, due.num_tokens)
+            elif draft.appends_left:
+                length = self._decoding.num_computed_tokens(request) + 1
+                blocks = self._grow(request, length)
+                if blocks:
+                    self._decoding.append_block(request, blocks[0])
+                    draft.appends_left -= 1
+        planned = self._decoding.advance(draft.tokens_left)
+        if planned is not None:
+            draft.set_decoding(*planned)
+
+    def _in_turn(self, lacking: list[Request]) -> Iterator[Request]:
+        """Those that lack a block, and those with chunks, in the order of turns."""
+        running = self._sequences.running
+        if len(running) == len(self._decoding):
+            return iter(lacking)
+        chunks = [request for request in running if not request.first_sample_step]
+        return heapq.merge(lacking, chunks, key=attrgetter("order"))
+
+    def _schedule_chunk(self, request: Request, draft: Draft, num_due: int) -> None:
+        """Plans a part of what a sequence must catch up with.
+
+        Args:
+            request: A running sequence that has not sampled.
+            draft: The plan.
+            num_due: Tokens of the budget that are kept for single ones.
+        """
+        block_size = self._config.block_size
+        position = request.num_computed_tokens
+        count = min(request.num_tokens - position, draft.tokens_left - num_due)
+        new_blocks: tuple[int, ...] = ()
+        room = len(request.block_ids) * block_size - position
+        if count > room:
+            count = min(count, room + draft.appends_left * block_size)
+            new_blocks = self._grow(request, position + count)
+        if count > 0 and request.row >= 0:
+            draft.add_chunk(request, count, new_blocks)
 
     def _grow(self, request: Request, num_tokens: int) -> tuple[int, ...]:
         """Appends blocks until the table holds so many tokens; returns them.
@@ -284,14 +281,28 @@ class Scheduler:
 
     # --- results -------------------------------------------------------------
 
+    def requests_of(self, plan: StepPlan) -> Sequence[Request]:
+        """The sequences of the rows of the newest plan, in their order."""
+        launched = self._launched[-1]
+        assert launched.plan is plan, "another step has been planned since"
+        return launched.requests
+
     def commit(
-        self, plan: StepPlan, results: Sequence[RowResult]
+        self,
+        plan: StepPlan,
+        token_ids: Sequence[int],
+        failed: Collection[int] = (),
+        complete: Collection[int] = (),
     ) -> list[SequenceUpdate]:
         """Takes in what the device computed for the oldest plan not yet committed.
 
         Args:
             plan: That plan.
-            results: One result per row of the plan.
+            token_ids: The sampled token of each of its rows, anything for a row that
+                does not sample.
+            failed: Places of the rows whose scores are not finite, or whose grammar
+                could not go on.
+            complete: Places of the rows whose grammar allows nothing after the token.
 
         Returns:
             An update for each sequence that got a token or ended. Those that had ended
@@ -299,42 +310,48 @@ class Scheduler:
         """
         launched = self._launched.popleft()
         assert launched.plan is plan, "plans are committed in the order of their launch"
+        for request, length in launched.computed(self._config.block_size, failed):
+            self._tables.record(request, length)
         updates: list[SequenceUpdate] = []
-        for index, (row, request, num_preemptions, result) in enumerate(
-            zip(
-                plan.rows,
-                launched.requests,
-                launched.num_preemptions,
-                results,
-                strict=True,
-            )
+        num_decoding = len(plan.decoding)
+        is_finished, is_preempted = RequestStatus.FINISHED, RequestStatus.PREEMPTED
+        # Runs for every row of every step: plain code, few calls.
+        for index, (request, token, ends) in enumerate(
+            zip(launched.requests, token_ids, launched.may_end(complete), strict=True)
         ):
-            if request.status is RequestStatus.FINISHED:
+            if request.status is is_finished:
                 continue
-            token, reason = None, None
-            if not result.finite:
-                reason = "error"
-            else:
-                if request.num_preemptions == num_preemptions:
-                    self._tables.record(request, row.position + row.num_tokens)
-                if row.samples:
-                    token = result.token_id
-                    reason = self._append(request, token)
-            if reason is not None:
-                self._finish(request, reason)
-            if token is not None or reason is not None:
-                updates.append(SequenceUpdate(request, index, token, reason))
+            if failed and index in failed:
+                self._finish(request, "error")
+                updates.append(SequenceUpdate(request, index, None, "error"))
+                continue
+            if index >= num_decoding and not ends:
+                continue
+            request.token_ids.append(token)
+            if request.status is is_preempted:
+                request.num_pending -= 1
+            reason = None
+            if ends or token in request.stop_token_ids:
+                reason = self._end(request, token, is_complete=index in complete)
+            updates.append(SequenceUpdate(request, index, token, reason))
         return updates
 
-    def _append(self, request: Request, token: int) -> FinishReason | None:
-        """Appends a sampled token; returns the reason if the sequence ends with it."""
-        request.num_pending -= 1
-        request.token_ids.append(token)
-        num_output = len(request.token_ids) - len(request.prompt_token_ids)
+    def _end(
+        self, request: Request, token: int, *, is_complete: bool
+    ) -> FinishReason | None:
+        """Ends the sequence if its last token is the last; returns the reason."""
+        num_output = request.num_output_tokens
+        reason = None
         if token in request.stop_token_ids and num_output >= request.min_tokens:
             request.stop_reason = token
-            return "stop"
-        return "length" if num_output >= request.max_tokens else None
+            reason = "stop"
+        elif is_complete:
+            reason = "stop"
+        elif num_output >= request.max_tokens:
+            reason = "length"
+        if reason is not None:
+            self._finish(request, reason)
+        return reason
 
     # --- state, to be looked at ----------------------------------------------
 
@@ -362,10 +379,27 @@ class Scheduler:
         """The running sequences, in the order of their turn."""
         return self._sequences.running
 
+    def num_pending(self, request: Request) -> int:
+        """Sampled tokens of a sequence whose values have not reached the host."""
+        if request.first_sample_step:
+            return self._decoding.num_pending(request)
+        return request.num_pending
+
+    def num_computed_tokens(self, request: Request) -> int:
+        """Tokens of a sequence whose KV has been computed or is being computed."""
+        if request.first_sample_step:
+            return self._decoding.num_computed_tokens(request)
+        return request.num_computed_tokens
+
     @property
     def pool(self) -> BlockPool:
         """The block pool."""
         return self._tables.pool
+
+    @property
+    def config(self) -> SchedulerConfig:
+        """Its sizes."""
+        return self._config
 
     @property
     def num_free_blocks(self) -> int:
@@ -398,3 +432,4 @@ class Scheduler:
         """Raises AssertionError unless all parts of the state agree."""
         self._tables.check_integrity(self._sequences.running)
         self._sequences.check_integrity()
+        self._decoding.check_integrity(self._sequences.running)

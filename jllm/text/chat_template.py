@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,8 @@ def render_chat(tokenizer: Tokenizer, messages: Any, options: ChatOptions) -> st
         )
     _check_template_kwargs(hf, options.template_kwargs)
     try:
+        source = str(hf.get_chat_template(options.chat_template, options.tools))
+        conversation = [_fit_to_template(m, source) for m in conversation]
         return hf.apply_chat_template(
             conversation,
             tools=None if options.tools is None else list(options.tools),
@@ -114,7 +117,10 @@ def render_chat(tokenizer: Tokenizer, messages: Any, options: ChatOptions) -> st
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """Checks roles and contents; text parts of a content are joined by newlines.
+    """Checks messages and gives them the form that templates expect.
+
+    Text parts of a content are joined by newlines, a call's arguments are an object,
+    and the content of a message with nothing but calls is empty.
 
     Raises:
         InvalidRequestError: Names the message and what is wrong with it.
@@ -136,10 +142,60 @@ def _check_message(index: int, message: Any) -> dict[str, Any]:
             f"{where}.role={role!r} must be a string such as 'user'",
             parameter=PARAMETER,
         )
+    checked = dict(message)
+    calls = message.get("tool_calls")
+    if calls is None:
+        # Clients send it for messages without calls; templates ask whether it is there.
+        checked.pop("tool_calls", None)
+    else:
+        checked["tool_calls"] = _check_calls(f"{where}.tool_calls", calls)
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return dict(message)
-    return {**message, "content": _check_content(f"{where}.content", content)}
+    if content is None and calls:
+        content = ""
+    return {**checked, "content": _check_content(f"{where}.content", content)}
+
+
+def _check_calls(where: str, calls: Any) -> list[dict[str, Any]]:
+    if isinstance(calls, (str, bytes)) or not isinstance(calls, Sequence):
+        raise InvalidRequestError(f"{where} must be a list", parameter=PARAMETER)
+    return [_check_call(f"{where}[{i}]", call) for i, call in enumerate(calls)]
+
+
+def _check_call(where: str, call: Any) -> dict[str, Any]:
+    """A call whose arguments, a string of JSON in the API, are an object."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise InvalidRequestError(
+            f"{where} must hold a function with a name", parameter=PARAMETER
+        )
+    arguments = function.get("arguments") or "{}"
+    try:
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(
+            f"{where}.function.arguments is no JSON: {error}", parameter=PARAMETER
+        ) from error
+    if not isinstance(arguments, Mapping):
+        raise InvalidRequestError(
+            f"{where}.function.arguments must be a JSON object", parameter=PARAMETER
+        )
+    return {**call, "function": {**function, "arguments": dict(arguments)}}
+
+
+def _fit_to_template(message: dict[str, Any], source: str) -> dict[str, Any]:
+    """Gives roles and fields the names that this template knows them by."""
+    fitted = dict(message)
+    if fitted["role"] == "developer":
+        # The API's newer word; hardly a template knows it, and all know the older one.
+        fitted["role"] = "system"
+    reasoning = fitted.get("reasoning") or fitted.get("reasoning_content")
+    if isinstance(reasoning, str) and reasoning:
+        fitted |= {"reasoning": reasoning, "reasoning_content": reasoning}
+        # A template that knows it by this name takes it instead of content.
+        if "message.thinking" in source and not fitted["content"]:
+            fitted.setdefault("thinking", reasoning)
+    return fitted
 
 
 def _check_content(where: str, content: Any) -> str:

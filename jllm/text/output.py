@@ -81,6 +81,7 @@ class RequestStream:
             return False
         if self._metrics.first_token_time is None and output.token_ids:
             self._metrics.first_token_time = time.monotonic()
+            self._metrics.scheduled_time = output.scheduled_time
         self._cached_tokens = output.num_cached_tokens
         self._error = output.error or self._error
         if output.prompt_logprobs is not None:
@@ -184,7 +185,8 @@ class _Sequence:
             self.token_ids.append(token_id)
             if output.logprobs is not None:
                 self._push_logprobs(output.logprobs[i])
-            is_stop_token = i == last and output.finish_reason == "stop"
+            ends = i == last and output.finish_reason == "stop"
+            is_stop_token = ends and not output.is_complete
             if is_stop_token and not self._params.include_stop_str_in_output:
                 continue
             stop = self._push_text(token_id)

@@ -8,7 +8,12 @@ from typing import Any
 
 from jllm.config import EngineConfig
 from jllm.errors import InvalidRequestError
+from jllm.sampling.grammar import Grammar
+from jllm.sampling.thinking import Thinking
+from jllm.structured_outputs import StructuredOutputsParams
 from jllm.text.chat_template import ChatOptions, load_chat_template, render_chat
+from jllm.text.structured import GrammarCompiler
+from jllm.text.thinking import make_thinking
 from jllm.text.tokenizer import Tokenizer, load_tokenizer
 from jllm.types import EngineRequest, SamplingParams
 from jllm.weights.hub import resolve_model
@@ -101,11 +106,13 @@ class PromptProcessor:
     ) -> None:
         """Takes over the tokenizer; without one only token prompts are accepted."""
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         eos = None if tokenizer is None else tokenizer.eos_token_id
         # A tokenizer may know more tokens than the model.
         self._eos = () if eos is None or eos >= vocab_size else (eos,)
         self._chat_template = chat_template
+        self._compiler = None if tokenizer is None else GrammarCompiler(tokenizer)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -113,12 +120,25 @@ class PromptProcessor:
         return self._tokenizer
 
     def prepare(
-        self, request_id: str, prompt: Any, params: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams,
+        priority: int = 0,
+        grammar: Grammar | None = None,
     ) -> PreparedRequest:
         """Makes a request.
 
+        Args:
+            request_id: Its id.
+            prompt: See `parse_prompt`.
+            params: How its tokens are chosen.
+            priority: Smaller runs first.
+            grammar: That of its structured output, compiled here where it is missing.
+
         Raises:
-            InvalidRequestError: The prompt is malformed, or needs a tokenizer.
+            InvalidRequestError: The prompt is malformed, or needs a tokenizer, or the
+                grammar cannot be compiled.
         """
         parsed = parse_prompt(prompt)
         token_ids = parsed.token_ids
@@ -126,6 +146,9 @@ class PromptProcessor:
             token_ids = tuple(self._need_tokenizer("prompt").encode(parsed.text or ""))
         if params.stop:
             self._need_tokenizer("stop")
+        constraint = params.structured_outputs
+        if grammar is None and isinstance(constraint, StructuredOutputsParams):
+            grammar = self._need_compiler().compile(constraint)
         request = EngineRequest(
             request_id=request_id,
             prompt_token_ids=self._truncate(token_ids, params),
@@ -134,6 +157,8 @@ class PromptProcessor:
             bad_words_token_ids=self._bad_words(params.bad_words or ()),
             priority=_priority(priority),
             cache_salt=parsed.cache_salt,
+            grammar=grammar,
+            thinking=self._thinking(token_ids, params),
         )
         return PreparedRequest(request, parsed.text)
 
@@ -150,6 +175,46 @@ class PromptProcessor:
         # The template has written BOS and the like itself.
         ids = tokenizer.encode(text, add_special_tokens=False)
         return Prompt(text=text, token_ids=tuple(ids))
+
+    async def grammar(self, params: SamplingParams) -> Grammar | None:
+        """Compiles the grammar of a structured output beside the event loop.
+
+        Raises:
+            InvalidRequestError: It cannot be compiled, or there is no tokenizer.
+        """
+        constraint = params.structured_outputs
+        if not isinstance(constraint, StructuredOutputsParams):
+            return None
+        return await self._need_compiler().compile_async(constraint)
+
+    def _thinking(
+        self, token_ids: Sequence[int], params: SamplingParams
+    ) -> Thinking | None:
+        """What bounds the reasoning of an output, None where nothing does."""
+        budget = params.thinking_token_budget
+        if params.reasoning_parser is None and budget not in (None, -1):
+            raise InvalidRequestError(
+                f"thinking_token_budget={budget} needs reasoning_parser, the form of "
+                "the model's reasoning",
+                parameter="thinking_token_budget",
+            )
+        if params.reasoning_parser is None:
+            return None
+        tokenizer = self._need_tokenizer("reasoning_parser")
+        thinking = make_thinking(tokenizer, params, token_ids)
+        if thinking is not None and max(thinking.all_ids) >= self._vocab_size:
+            raise InvalidRequestError(
+                f"reasoning_parser={params.reasoning_parser!r} has markers that the "
+                "model does not know",
+                parameter="reasoning_parser",
+            )
+        return thinking
+
+    def _need_compiler(self) -> GrammarCompiler:
+        if self._compiler is None:
+            self._need_tokenizer("structured_outputs")
+        assert self._compiler is not None
+        return self._compiler
 
     def _need_tokenizer(self, parameter: str) -> Tokenizer:
         if self._tokenizer is None:

@@ -3,7 +3,7 @@
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,19 @@ class Tokenizer:
         return self._hf.bos_token_id
 
     @property
+    def added_tokens(self) -> Mapping[int, str]:
+        """Id and text of the tokens added beside the vocabulary."""
+        return self._added
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Tokens left out of a text by `skip_special_tokens`."""
         return self._special_ids
+
+    def serialize(self) -> str:
+        """The text of its tokenizer.json, with all added tokens."""
+        with self._lock:
+            return self._backend.to_str()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Splits text into tokens, with BOS and the like as the model wants them.

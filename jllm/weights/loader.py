@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from jllm.errors import CheckpointError
 from jllm.models.base import ParamSpec, Part, parameter_bytes
+from jllm.weights.host_memory import HostMemory
 from jllm.weights.hub import CheckpointFiles
 from jllm.weights.tensors import StoredTensor, find_tensors
 
@@ -80,6 +81,7 @@ def load_weights(
     layout = _lay_out_tree(specs, tensors)
     _refuse_leftovers(layout, tensors, (*NEVER_USED, *ignore))
     total = parameter_bytes(specs, dtype)
+    memory = memory_for(shardings, total)
     with tqdm(
         desc="Loading weights",
         total=total,
@@ -91,11 +93,17 @@ def load_weights(
         def load(
             spec: ParamSpec, sections: tuple[Section, ...], sharding: Sharding
         ) -> Array:
-            array = _load_parameter(spec, sections, sharding, np.dtype(dtype))
+            array = _load_parameter(spec, sections, sharding, np.dtype(dtype), memory)
             bar.update(array.nbytes)
             return array
 
         return jax.tree.map(load, specs, layout, shardings)
+
+
+def memory_for(shardings: Mapping[str, Any], capacity: int) -> HostMemory:
+    """Where slices are put together: for a CPU, memory that it then computes with."""
+    (device, *_) = jax.tree.leaves(shardings)[0].device_set
+    return HostMemory(capacity if device.platform == "cpu" else 0)
 
 
 def lay_out(
@@ -134,7 +142,11 @@ def lay_out(
 
 
 def read_slice(
-    spec: ParamSpec, sections: tuple[Section, ...], bounds: Bounds, dtype: np.dtype[Any]
+    spec: ParamSpec,
+    sections: tuple[Section, ...],
+    bounds: Bounds,
+    dtype: np.dtype[Any],
+    memory: HostMemory,
 ) -> np.ndarray:
     """Reads one rectangular slice of a parameter into a new buffer.
 
@@ -142,8 +154,9 @@ def read_slice(
         CheckpointError: A finite value that `dtype` cannot hold.
     """
     shape = tuple(stop - start for start, stop in bounds)
-    make = np.empty if spec.pad_axis is None else np.zeros
-    buffer = make(shape, dtype)
+    buffer = memory.empty(shape, dtype)
+    if spec.pad_axis is not None:
+        buffer[...] = 0
     for section in sections:
         try:
             with np.errstate(over="raise"):
@@ -182,6 +195,7 @@ def _load_parameter(
     sections: tuple[Section, ...],
     sharding: Sharding,
     dtype: np.dtype[Any],
+    memory: HostMemory,
 ) -> Array:
     slices: dict[Bounds, np.ndarray] = {}
 
@@ -191,7 +205,7 @@ def _load_parameter(
             for entry, size in zip(index, spec.shape, strict=True)
         )
         if bounds not in slices:
-            slices[bounds] = read_slice(spec, sections, bounds, dtype)
+            slices[bounds] = read_slice(spec, sections, bounds, dtype, memory)
         return slices[bounds]
 
     array = jax.make_array_from_callback(spec.shape, sharding, read)

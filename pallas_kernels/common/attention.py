@@ -65,10 +65,12 @@ def load_blocks(
     first_position: Int[Array, ""] | int,
     limit: Int[Array, ""],
     dtype: jnp.dtype,
+    *,
+    narrow: bool = False,
 ) -> KeyTile:
     """Gathers blocks of one sequence in float32; places from `limit` on are zero.
 
-    A pool of uint16 holds the bits of `dtype`.
+    A pool of uint16 holds the bits of `dtype`; `narrow` leaves them in that type.
 
     Unused places hold anything, NaN included, and a probability of zero does not
     cancel a NaN; hence the values are masked, not only the scores.
@@ -76,12 +78,16 @@ def load_blocks(
     kv, scales = cache
     _, _, num_kv_heads, block_size, head_dim = kv.shape
     tile = kv.at[blocks].get(mode="clip")  # [C, 2, K, P, D]
-    if kv.dtype == jnp.uint16:
+    if kv.dtype == jnp.uint16 and not narrow:
         tile = jax.lax.bitcast_convert_type(tile, dtype)
     tile = tile.transpose(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)
     positions = first_position + jnp.arange(blocks.shape[0] * block_size)
-    # XLA's CPU backend has no batched product of 16-bit types with float32 output.
-    tile = jnp.where((positions < limit)[:, None], tile.astype(jnp.float32), 0)
+    used = (positions < limit)[:, None]
+    if narrow:  # As integers, which XLA's CPU backend need not widen to mask them.
+        tile = jnp.where(used, tile, jnp.uint16(0))
+        tile = jax.lax.bitcast_convert_type(tile, dtype)
+        return KeyTile(tile[0], tile[1], positions)
+    tile = jnp.where(used, tile.astype(jnp.float32), 0)
     if scales is not None:
         tile = tile * scales.astype(jnp.float32)[:, :, None, None]
     return KeyTile(tile[0], tile[1], positions)
@@ -128,6 +134,9 @@ def attend_blocked(
     num_kv_heads, block_size = cache.kv.shape[2:4]
     grouped = _grouped(q, cache)
     keys_per_chunk = blocks_per_chunk * block_size
+    # XLA's CPU backend multiplies bfloat16 as it is where there are two rows or more.
+    narrow = q.dtype == jnp.bfloat16 and cache.kv.dtype == jnp.uint16
+    narrow &= q.shape[0] * grouped.shape[2] > 1
 
     def add_chunk(
         chunk: Int[Array, ""], carry: tuple[Array, Array, Array]
@@ -135,14 +144,21 @@ def attend_blocked(
         maximum, total, weighted = carry
         first = chunk * blocks_per_chunk
         blocks = jax.lax.dynamic_slice_in_dim(block_table, first, blocks_per_chunk)
-        tile = load_blocks(cache, blocks, first * block_size, length, q.dtype)
+        tile = load_blocks(
+            cache, blocks, first * block_size, length, q.dtype, narrow=narrow
+        )
         visible = _visible(positions, tile.positions, options)
         scores = _scores(grouped, positions, tile, visible, options)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
         decay = jnp.exp(maximum - new_maximum)
         weights = jnp.exp(scores - new_maximum[..., None])
         weights = jnp.where(visible[None, :, None, :], weights, 0)
-        products = jnp.einsum("kqgn,knd->kqgd", weights, tile.values)
+        products = jnp.einsum(
+            "kqgn,knd->kqgd",
+            weights.astype(tile.values.dtype),
+            tile.values,
+            preferred_element_type=jnp.float32,
+        )
         return (
             new_maximum,
             total * decay + weights.sum(axis=-1),
@@ -188,7 +204,12 @@ def _scores(
     options: ScoreOptions,
 ) -> Float[Array, "K Q G N"]:
     """Scores in float32, `MASKED` where not visible."""
-    products = jnp.einsum("qkgd,knd->kqgn", q.astype(jnp.float32), tile.keys)
+    products = jnp.einsum(
+        "qkgd,knd->kqgn",
+        q.astype(tile.keys.dtype),
+        tile.keys,
+        preferred_element_type=jnp.float32,
+    )
     scores = products * options.scale
     if options.soft_cap is not None:
         scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)

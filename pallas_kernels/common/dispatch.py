@@ -118,6 +118,17 @@ class Operation:
                 _report(Fallback(self.name, wanted, next_choice, str(error)))
         return self._call(choices[-1], target, *arguments, **options)
 
+    def first_choice(
+        self, implementation: Implementation, target: Target | None
+    ) -> tuple[Implementation, Target]:
+        """The implementation that `run` tries first, and its target."""
+        target = target or Target.default()
+        if implementation != "auto":
+            self._check(implementation, target)
+            return implementation, target
+        choices: tuple[Implementation, ...] = getattr(self, target.platform)
+        return choices[0], target
+
     def _check(self, implementation: str, target: Target) -> None:
         known = {*self.cpu, *self.gpu, *self.tpu, "reference"}
         if implementation not in known:

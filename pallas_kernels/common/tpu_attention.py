@@ -172,7 +172,9 @@ def _describe(
     if q_name not in QUERY_DTYPES:
         raise NotImplementedError(f"q of {q_name}, not of {', '.join(QUERY_DTYPES)}")
     if kv_name not in CACHE_DTYPES:
-        raise NotImplementedError(f"kv of {kv_name}, not of {', '.join(CACHE_DTYPES)}")
+        why = " (TPUs have no vectors of it)" if kv_name == "float16" else ""
+        known = ", ".join(CACHE_DTYPES)
+        raise NotImplementedError(f"kv of {kv_name}{why}, not of {known}")
     if head_dim % LANES:
         raise NotImplementedError(f"head width {head_dim} is no multiple of {LANES}")
     if block_size % sublanes:

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
+from pallas_kernels.common.cost import cost_of
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.common.target import Target
 from pallas_kernels.common.tuning import tuned_sizes
@@ -296,14 +297,41 @@ def _both_kinds(number: Any, add: Callable[..., None]) -> None:
     pl.when((number & PARTIAL) != 0)(functools.partial(add, partial=True))
 
 
-def _params(call: _Call, num_parallel: int, num_arbitrary: int) -> dict[str, Any]:
+def _params(
+    call: _Call,
+    grid: tuple[int, int],
+    arrays: list[Any],
+    num_products: int,
+    num_pairs: int,
+) -> dict[str, Any]:
+    """What the three kernels have in common.
+
+    Args:
+        call: The call.
+        grid: Parallel, then sequential dimensions of the grid.
+        arrays: What is read and written.
+        num_products: Products of matrices with a tile of scores.
+        num_pairs: Scores computed.
+    """
+    num_parallel, num_arbitrary = grid
     semantics: tuple[Any, ...] = ("parallel",) * num_parallel + (
         "arbitrary",
     ) * num_arbitrary
     return {
         "compiler_params": pltpu.CompilerParams(dimension_semantics=semantics),
+        "cost_estimate": cost_of(
+            *arrays,
+            flops=2 * num_products * num_pairs * call.width,
+            exponentials=num_pairs,
+        ),
         "interpret": call.target.interpret,
     }
+
+
+def _num_pairs(pairs: Array, num_sequences: int, call: _Call) -> int:
+    """Scores in the live tiles of all sequences and heads."""
+    tiles = pairs.shape[1] * num_sequences * call.num_heads
+    return tiles * call.tile_q * call.tile_k
 
 
 def _query_places(pairs: Array, call: _Call) -> _Places:
@@ -342,7 +370,7 @@ def _forward(arrays: Arrays, rules: Rules, *, target: Target) -> tuple[Array, Ar
             jax.ShapeDtypeStruct((n, call.num_heads, 1, padded), jnp.float32),
         ],
         name="flash_attention_forward",
-        **_params(call, 2, 1),
+        **_params(call, (2, 1), [*inputs[:3], inputs.q], 2, _num_pairs(pairs, n, call)),
     )(_list_spec(pairs), inputs)
     return _like(out, arrays.q), lse[:, :, 0, : rules.num_queries]
 
@@ -465,7 +493,13 @@ def _backward_queries(
             rows if has_slopes else None,
         ],
         name="flash_attention_dq",
-        **_params(call, 2, 1),
+        **_params(
+            call,
+            (2, 1),
+            [*inputs[:3], *saved, inputs.q],
+            3,
+            _num_pairs(pairs, n, call),
+        ),
     )(_list_spec(pairs), inputs, _flat_saved(saved, call))
     return _like(dq, arrays.q), d_slopes.sum(axis=(0, 2, 3)) if has_slopes else None
 
@@ -531,7 +565,13 @@ def _backward_keys(arrays: Arrays, call: _Call, saved: Saved) -> tuple[Array, Ar
         ),
         out_shape=[shape, shape],
         name="flash_attention_dkv",
-        **_params(call, 2, 2),
+        **_params(
+            call,
+            (2, 2),
+            [*inputs[:3], *saved, shape, shape],
+            4,
+            _num_pairs(pairs, inputs.k.shape[0], call),
+        ),
     )(_list_spec(pairs), inputs, _flat_saved(saved, call))
     return _like(dk, arrays.k), _like(dv, arrays.k)
 

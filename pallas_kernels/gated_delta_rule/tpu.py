@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from pallas_kernels.common.chunks import chunked_order
+from pallas_kernels.common.cost import cost_of
 from pallas_kernels.common.recurrent_tpu import (
     check_types,
     decay_matrix,
@@ -83,6 +84,11 @@ def gated_delta_rule_tpu(
         input_output_aliases={8: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary")
+        ),
+        cost_estimate=cost_of(
+            *(q, k, v, g, beta, v, state, state),
+            flops=2 * v.size * (2 * chunk + 3 * key_width),
+            exponentials=g.size * chunk,
         ),
         interpret=target.interpret,
         name="gated_delta_rule",
@@ -220,6 +226,11 @@ def gated_delta_step_tpu(
         input_output_aliases={6: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary")
+        ),
+        cost_estimate=cost_of(
+            *(q, k, v, v),
+            flops=6 * v.size * key_width,
+            more_bytes=2 * num_tokens * (state.nbytes // state.shape[0]),
         ),
         interpret=target.interpret,
         name="gated_delta_step",

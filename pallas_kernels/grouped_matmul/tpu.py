@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped
 
+from pallas_kernels.common.cost import cost_of
 from pallas_kernels.common.matmul_tpu import (
     LANES,
     contraction_types,
@@ -76,9 +77,11 @@ def grouped_matmul_tpu(
     arrays = {"x": jnp.pad(x, ((0, plan.rows - num_rows), (0, 0))), "weights": weights}
     if scales is not None:
         arrays["scales"] = scales[:, None, :]
+    out_shape = jax.ShapeDtypeStruct((plan.rows, plan.channels), out_dtype)
+    num_matrices = min(len(weights), num_rows)
     out = pl.pallas_call(
         partial(_kernel, has_scales=scales is not None, plan=plan),
-        out_shape=jax.ShapeDtypeStruct((plan.rows, plan.channels), out_dtype),
+        out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(
@@ -92,6 +95,12 @@ def grouped_matmul_tpu(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary")
+        ),
+        cost_estimate=cost_of(
+            arrays["x"],
+            out_shape,
+            flops=2 * plan.rows * plan.channels * plan.inputs,
+            more_bytes=weights.nbytes // len(weights) * num_matrices,
         ),
         interpret=target.interpret,
         name="grouped_matmul",

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int, Shaped
 
+from pallas_kernels.common.cost import cost_of
 from pallas_kernels.common.elementwise import as_float32, saturate, struct
 from pallas_kernels.common.target import Target
 from pallas_kernels.kv_write.heads import HeadNorms, Heads, Rotation, rotate_and_widen
@@ -115,6 +116,9 @@ def kv_write_tpu(
             vmem_limit_bytes=VMEM_BYTES,
             has_side_effects=True,
         ),
+        cost_estimate=cost_of(
+            keys, values, flops=0, more_bytes=2 * tile_bytes * num_tokens
+        ),
         interpret=target.interpret,
         name="kv_write",
     )(*runs, *arrays)
@@ -162,6 +166,9 @@ def copy_blocks_tpu(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), has_side_effects=True
         ),
+        cost_estimate=cost_of(
+            flops=0, more_bytes=2 * sources.size * (pool.nbytes // pool.shape[0])
+        ),
         interpret=target.interpret,
         name="copy_blocks",
     )(sources, targets, pool)
@@ -208,7 +215,7 @@ def _check(kv: Array, keys: Array, rows: int) -> None:
         )
     for array in (kv, keys):
         if array.dtype in (jnp.uint16, jnp.float16):
-            raise NotImplementedError(f"{array.dtype} on TPU")
+            raise NotImplementedError(f"{array.dtype}: TPUs have no vectors of float16")
 
 
 def _find_runs(slots: Array, num_slots: int, shape: Shape) -> Runs:

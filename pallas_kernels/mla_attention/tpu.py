@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.common.chunks import ChunkTable, make_chunks, with_padding_row
+from pallas_kernels.common.cost import cost_of
 from pallas_kernels.common.recurrent_tpu import LANES, check_types, multiply
 from pallas_kernels.common.target import Target
 from pallas_kernels.common.tuning import tuned_sizes
@@ -122,6 +123,7 @@ def mla_attention_tpu(
             scratch_shapes=scratch_shapes,
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        cost_estimate=_estimate(q_latent, q_rope, latent, block_tables),
         interpret=target.interpret,
         name="mla_attention",
     )(
@@ -131,6 +133,24 @@ def mla_attention_tpu(
         q_latent,
         q_rope,
         latent,
+    )
+
+
+def _estimate(
+    q_latent: Array, q_rope: Array, latent: Array, block_tables: Array
+) -> pl.CostEstimate:
+    """Work if the tables are full; the compiler does not know the real lengths."""
+    num_rows, width = block_tables.shape
+    num_blocks = min(num_rows * width, latent.shape[0])
+    num_tokens, num_heads, rank = q_latent.shape
+    pairs = num_tokens * num_heads * num_blocks * latent.shape[1] // max(num_rows, 1)
+    return cost_of(
+        q_latent,
+        q_latent,
+        q_rope,
+        flops=2 * pairs * (2 * rank + q_rope.shape[2]),
+        exponentials=pairs,
+        more_bytes=latent.nbytes // latent.shape[0] * num_blocks,
     )
 
 

@@ -1,4 +1,4 @@
-"""Row after row, chunk after chunk, only what is live; for the CPU."""
+"""Group after group of rows, chunk after chunk, only what is live; for the CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,14 @@ from pallas_kernels.common.attention import (
 )
 from pallas_kernels.common.scores import ScoreOptions
 
-KEYS_PER_CHUNK = 256
-"""Keys gathered at once; a row at a time they stay in the processor's cache."""
+ROWS_PER_GROUP = 16
+"""Rows that take a turn together."""
+
+KEYS_PER_TURN = 1024
+"""Keys gathered at once, of all rows of a group: they stay in the processor's cache."""
+
+KEYS_PER_ROW = 256
+"""Most of them of one row."""
 
 
 def paged_attention_blocked(
@@ -26,19 +32,30 @@ def paged_attention_blocked(
     kv_scales: Float[Array, "2 K"] | None,
 ) -> Float[Array, "S Q H D"]:
     """Attends in proportion to the live tokens; see `api.paged_attention`."""
-    num_new, block_size = q.shape[1], kv.shape[3]
-    blocks_per_chunk = max(1, min(KEYS_PER_CHUNK // block_size, block_tables.shape[1]))
+    num_rows, num_new = q.shape[:2]
+    block_size = kv.shape[3]
+    # Rows of like length go together: a group lasts as long as its longest row.
+    group = min(ROWS_PER_GROUP, num_rows)
+    keys = min(KEYS_PER_ROW, KEYS_PER_TURN // group)
+    blocks_per_chunk = max(1, min(keys // block_size, block_tables.shape[1]))
+    num_groups = -(-num_rows // group)
+    missing = num_groups * group - num_rows
+    order = jnp.pad(jnp.argsort(-lengths), (0, missing), mode="edge")
     tables = pad_tables(block_tables, blocks_per_chunk)
 
-    def attend_row(row: Array, out: Array) -> Array:
-        attended = attend_blocked(
-            QueryTile(q[row], lengths[row] - num_new + jnp.arange(num_new)),
+    def attend_row(q_row: Array, table: Array, length: Array) -> Array:
+        return attend_blocked(
+            QueryTile(q_row, length - num_new + jnp.arange(num_new)),
             Cache(kv, kv_scales),
-            tables[row],
-            lengths[row],
+            table,
+            length,
             options,
             blocks_per_chunk=blocks_per_chunk,
         )
-        return jax.lax.dynamic_update_slice_in_dim(out, attended[None], row, 0)
 
-    return jax.lax.fori_loop(0, q.shape[0], attend_row, jnp.zeros_like(q))
+    def attend_group(index: Array, out: Array) -> Array:
+        rows = jax.lax.dynamic_slice_in_dim(order, index * group, group)
+        attended = jax.vmap(attend_row)(q[rows], tables[rows], lengths[rows])
+        return out.at[rows].set(attended)
+
+    return jax.lax.fori_loop(0, num_groups, attend_group, jnp.zeros_like(q))

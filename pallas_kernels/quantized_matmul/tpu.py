@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
+from pallas_kernels.common.cost import cost_of
 from pallas_kernels.common.matmul_tpu import (
     LANES,
     contraction_types,
@@ -93,9 +94,10 @@ def quantized_matmul_tpu(
     if x_scales is not None:
         x_scales = jnp.pad(x_scales, (0, more_rows))
     operands, scratch = _operands(x, weight, x_scales, plan)
+    out_shape = jax.ShapeDtypeStruct((plan.rows, plan.channels), out_dtype)
     out = pl.pallas_call(
         partial(_kernel, names=tuple(operands), plan=plan),
-        out_shape=jax.ShapeDtypeStruct((plan.rows, plan.channels), out_dtype),
+        out_shape=out_shape,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=0,
             grid=plan.grid,
@@ -105,6 +107,11 @@ def quantized_matmul_tpu(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        cost_estimate=cost_of(
+            out_shape,
+            *(array for array, _ in operands.values()),
+            flops=2 * plan.rows * plan.channels * plan.inputs,
         ),
         interpret=target.interpret,
         name="quantized_matmul",

@@ -1,7 +1,16 @@
 """Attention of runs of new tokens over a paged cache."""
 
 from pallas_kernels.common.kv_update import NewTokens
-from pallas_kernels.ragged_attention.api import ragged_attention
+from pallas_kernels.ragged_attention.api import ragged_attention, tile_layout
+from pallas_kernels.ragged_attention.tiles import TileLayout, TileTable, make_tiles
 from pallas_kernels.ragged_attention.update import ragged_attention_update
 
-__all__ = ["NewTokens", "ragged_attention", "ragged_attention_update"]
+__all__ = [
+    "NewTokens",
+    "TileLayout",
+    "TileTable",
+    "make_tiles",
+    "ragged_attention",
+    "ragged_attention_update",
+    "tile_layout",
+]

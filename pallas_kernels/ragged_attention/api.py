@@ -1,5 +1,8 @@
 """The public operation: contract, checks, choice of implementation."""
 
+import importlib
+
+import jax
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
@@ -7,6 +10,7 @@ from pallas_kernels.common.attention import check_attention_arguments
 from pallas_kernels.common.dispatch import Implementation, Operation
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.common.target import Target
+from pallas_kernels.ragged_attention.tiles import TileLayout, TileTable
 
 OPERATION = Operation(
     "ragged_attention",
@@ -26,6 +30,7 @@ def ragged_attention(
     options: ScoreOptions,
     *,
     kv_scales: Float[Array, "2 K"] | None = None,
+    tiles: TileTable | None = None,
     implementation: Implementation = "auto",
     target: Target | None = None,
 ) -> Float[Array, "T H D"]:
@@ -48,6 +53,8 @@ def ragged_attention(
         lengths: Tokens of each sequence in the cache.
         options: How scores become weights.
         kv_scales: Factors on the keys and values of each head, for a quantized cache.
+        tiles: The tokens cut into tiles by `make_tiles`, on the host, with the
+            `tile_layout` of the implementation; None cuts them in the program.
         implementation: "reference" gathers whole tables and is differentiable;
             "blocked" works in proportion to the live tokens; "auto" is the best one
             for the target.
@@ -78,4 +85,31 @@ def ragged_attention(
         lengths,
         options,
         kv_scales,
+        tiles=tiles,
     )
+
+
+def tile_layout(
+    q: jax.ShapeDtypeStruct,
+    kv: jax.ShapeDtypeStruct,
+    *,
+    implementation: Implementation = "auto",
+    target: Target | None = None,
+) -> TileLayout | None:
+    """Tells how `ragged_attention` wants the tokens cut, for any number of them.
+
+    Args:
+        q: Shape `[T, H, D]` and type of the queries on one device, with any `T`.
+        kv: Shape `[B, 2, K, P, D]` and type of the pool on one device, with any `B`.
+        implementation: As `ragged_attention` will be called.
+        target: As `ragged_attention` will be called.
+
+    Returns:
+        What `make_tiles` takes; None where no table is read. Of several possible
+        implementations it is that of the first: another one cuts anew.
+    """
+    chosen, target = OPERATION.first_choice(implementation, target)
+    if chosen == "reference":
+        return None
+    module = importlib.import_module(f"pallas_kernels.ragged_attention.{chosen}")
+    return module.tile_layout(q, kv, target)

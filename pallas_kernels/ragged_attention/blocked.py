@@ -1,5 +1,7 @@
 """Tile after tile, chunk after chunk, only what is live; for the CPU."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -12,10 +14,17 @@ from pallas_kernels.common.attention import (
     pad_tables,
 )
 from pallas_kernels.common.scores import ScoreOptions
-from pallas_kernels.ragged_attention.tiles import make_tiles
+from pallas_kernels.common.target import Target
+from pallas_kernels.ragged_attention.tiles import TileLayout, TileTable, tiles_for
 
-TILE_Q = 32
+LAYOUT = TileLayout(tokens=32)
 KEYS_PER_CHUNK = 256
+
+
+def tile_layout(q: Any, kv: Any, target: Target) -> TileLayout:
+    """How tokens are cut; see `api.tile_layout`."""
+    del q, kv, target
+    return LAYOUT
 
 
 def ragged_attention_blocked(
@@ -26,22 +35,24 @@ def ragged_attention_blocked(
     lengths: Int[Array, " S"],
     options: ScoreOptions,
     kv_scales: Float[Array, "2 K"] | None,
+    *,
+    tiles: TileTable | None = None,
 ) -> Float[Array, "T H D"]:
     """Attends in proportion to the live tokens; see `api.ragged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
     block_size = kv.shape[3]
-    tile_q = min(TILE_Q, num_tokens)
+    tile_q = LAYOUT.tile_q(num_tokens)
     blocks_per_chunk = max(1, min(KEYS_PER_CHUNK // block_size, block_tables.shape[1]))
     tables = pad_tables(block_tables, blocks_per_chunk)
-    tiles = make_tiles(row_starts, num_tokens, tile_q)
+    table = tiles_for(tiles, row_starts, num_tokens, LAYOUT)
     # A tile reads and writes tile_q tokens; what it writes past its own sequence is
     # overwritten by the next tile, or lies in this margin.
     padded = jnp.pad(q, ((0, tile_q), (0, 0), (0, 0)))
     offsets = jnp.arange(tile_q)
 
     def attend_tile(tile: Array, out: Array) -> Array:
-        row, first = tiles.rows[tile], tiles.first_tokens[tile]
-        count, length = tiles.num_tokens[tile], lengths[row]
+        row, first = table.rows[tile], table.first_tokens[tile]
+        count, length = table.num_tokens[tile], lengths[row]
         first_position = first + length - row_starts[row + 1]
         positions = jnp.where(offsets < count, first_position + offsets, -1)
         q_tile = jax.lax.dynamic_slice_in_dim(padded, first, tile_q)
@@ -56,4 +67,4 @@ def ragged_attention_blocked(
         return jax.lax.dynamic_update_slice_in_dim(out, attended, first, 0)
 
     out = jnp.zeros((num_tokens + tile_q, num_heads, head_dim), q.dtype)
-    return jax.lax.fori_loop(0, tiles.num_used, attend_tile, out)[:num_tokens]
+    return jax.lax.fori_loop(0, table.num_used, attend_tile, out)[:num_tokens]

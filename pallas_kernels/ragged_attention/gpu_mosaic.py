@@ -39,7 +39,7 @@ from pallas_kernels.common.mosaic_attention import (
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.common.target import Target
 from pallas_kernels.common.tuning import tuned_sizes
-from pallas_kernels.ragged_attention.tiles import TileTable, make_tiles
+from pallas_kernels.ragged_attention.tiles import TileLayout, TileTable, tiles_for
 
 FOLDER = "ragged_attention"
 TILE_ROWS = ROWS * NUM_COMPUTE
@@ -61,6 +61,7 @@ def ragged_attention_gpu_mosaic(
     options: ScoreOptions,
     kv_scales: Float[Array, "2 K"] | None,
     *,
+    tiles: TileTable | None = None,
     target: Target,
 ) -> Float[Array, "T H D"]:
     """Attends runs of new tokens, causally; see `api.ragged_attention`."""
@@ -74,15 +75,15 @@ def ragged_attention_gpu_mosaic(
         return jnp.zeros_like(q)
     key = f"mosaic_{q.dtype}_{head_dim}"
     sizes = tuned_sizes(FOLDER, target, key, default_sizes(head_dim))
-    tile_q = TILE_ROWS // group
-    tiles = MosaicTiles.of(q, kv, options, sizes, tokens=tile_q, target=target)
+    layout = tile_layout(q, kv, target)
+    plan = MosaicTiles.of(q, kv, options, sizes, tokens=layout.tokens, target=target)
     row_starts, lengths = row_starts.astype(jnp.int32), lengths.astype(jnp.int32)
-    table = make_tiles(row_starts, num_tokens, tile_q)
+    table = tiles_for(tiles, row_starts, num_tokens, layout)
     out = attend_tiles(
-        pack(q, table, tiles),
-        as_units(kv, tiles),
+        pack(q, table, plan),
+        as_units(kv, plan),
         block_tables.astype(jnp.int32),
-        describe_tiles(table, row_starts, lengths, tiles),
+        describe_tiles(table, row_starts, lengths, plan),
         [
             values_per_row(values, num_kv_heads, TILE_ROWS).reshape(
                 -1, NUM_COMPUTE, ROWS
@@ -90,11 +91,18 @@ def ragged_attention_gpu_mosaic(
             for values in (options.sinks, options.alibi_slopes)
             if values is not None
         ],
-        tiles,
+        plan,
         Given(options.sinks is not None, options.alibi_slopes is not None),
         target,
     )
-    return unpack(out, row_starts, num_tokens, tiles).reshape(q.shape)
+    return unpack(out, row_starts, num_tokens, plan).reshape(q.shape)
+
+
+def tile_layout(q: Any, kv: Any, target: Target) -> TileLayout:
+    """How tokens are cut; see `api.tile_layout`."""
+    del target
+    group = q.shape[1] // kv.shape[2]
+    return TileLayout(tokens=max(1, TILE_ROWS // group))
 
 
 class Given(NamedTuple):

@@ -32,8 +32,8 @@ from pallas_kernels.common.triton_attention import (
     power_of_two,
     scale_values,
 )
-from pallas_kernels.common.tuning import tuned_sizes
-from pallas_kernels.ragged_attention.tiles import make_tiles
+from pallas_kernels.common.tuning import Sizes, tuned_sizes
+from pallas_kernels.ragged_attention.tiles import TileLayout, TileTable, tiles_for
 
 MAX_GROUP = 256
 
@@ -41,11 +41,21 @@ MAX_GROUP = 256
 class TableRefs(NamedTuple):
     """Which tokens each tile holds; see `tiles.TileTable`."""
 
-    rows: Any  # [N]
-    first_tokens: Any  # [N]
-    num_tokens: Any  # [N]
-    num_used: Any  # [1]
+    packed: Any  # [3 N + 1]
     row_starts: Any  # [S + 1]
+
+    @property
+    def num_used(self) -> Any:
+        """Number of used tiles."""
+        return self.packed[0]
+
+    def read(self, tile: Any) -> tuple[Any, Any, Any]:
+        """Row, first token and number of tokens of a tile."""
+        size = self.packed.shape[0] // 3
+        row, first_token, num_tokens = (
+            self.packed[1 + column * size + tile] for column in range(3)
+        )
+        return row, first_token, num_tokens
 
 
 def ragged_attention_gpu_triton(
@@ -57,6 +67,7 @@ def ragged_attention_gpu_triton(
     options: ScoreOptions,
     kv_scales: Float[Array, "2 K"] | None,
     *,
+    tiles: TileTable | None = None,
     target: Target,
 ) -> Float[Array, "T H D"]:
     """Attends tile after tile of tokens; see `api.ragged_attention`.
@@ -64,53 +75,52 @@ def ragged_attention_gpu_triton(
     Source: FlashAttention-2, arXiv:2307.08691.
     """
     check_supported(q, kv, target)
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, num_heads, _ = q.shape
     num_kv_heads = kv.shape[2]
     group = num_heads // num_kv_heads
     if group > MAX_GROUP:
         raise NotImplementedError(
             f"{group} query heads per KV head are above {MAX_GROUP} on Triton"
         )
-    sizes = tuned_sizes(
-        "ragged_attention",
-        target,
-        f"gpu_triton_{q.dtype}_{kv.dtype}_{head_dim}",
-        default_sizes(q, kv, target),
-    )
-    tile_q = max(1, min(sizes["tile_rows"] // group, num_tokens))
-    tiles = plan_tiles(
+    sizes, layout = _sizes(q, kv, target), tile_layout(q, kv, target)
+    plan = plan_tiles(
         q,
         kv,
         block_tables,
         options,
-        tokens=tile_q,
+        tokens=layout.tile_q(num_tokens),
         block_n=sizes["block_n"],
         target=target,
     )
     starts = row_starts.astype(jnp.int32)
-    table = make_tiles(starts, num_tokens, tile_q)
+    table = tiles_for(tiles, starts, num_tokens, layout)
     operands = gather_operands(q, kv, block_tables, lengths, options, kv_scales)
-    table_operands = TableRefs(
-        table.rows,
-        table.first_tokens,
-        table.num_tokens,
-        table.num_used.reshape(1),
-        starts,
-    )
     # A wgmma instruction of Hopper takes four warps and 64 rows.
-    num_warps = 8 if tiles.rows >= 128 else 4
+    num_warps = 8 if plan.rows >= 128 else 4
     return pl.pallas_call(
-        functools.partial(_tile_kernel, tiles=tiles),
+        functools.partial(_tile_kernel, tiles=plan),
         # Heads first, and the last tiles, which see most keys, before the others.
-        grid=(num_kv_heads, table.rows.shape[0]),
+        grid=(num_kv_heads, table.size),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=compiler_params(num_warps, sizes["num_stages"]),
         interpret=target.interpret,
         name="ragged_attention",
-    )(*operands, *table_operands)
+    )(*operands, *TableRefs(table.packed, starts))
 
 
-def default_sizes(q: Array, kv: Array, target: Target) -> dict[str, int]:
+def tile_layout(q: Any, kv: Any, target: Target) -> TileLayout:
+    """How tokens are cut; see `api.tile_layout`."""
+    group = q.shape[1] // kv.shape[2]
+    return TileLayout(tokens=max(1, _sizes(q, kv, target)["tile_rows"] // group))
+
+
+def _sizes(q: Any, kv: Any, target: Target) -> Sizes:
+    key = f"gpu_triton_{q.dtype}_{kv.dtype}_{q.shape[2]}"
+    defaults = default_sizes(q, kv, target)
+    return tuned_sizes("ragged_attention", target, key, defaults)
+
+
+def default_sizes(q: Any, kv: Any, target: Target) -> dict[str, int]:
     """Sizes of tiles: what fits the registers and the shared memory."""
     width = power_of_two(kv.shape[4])
     itemsize = max(q.dtype.itemsize, kv.dtype.itemsize)
@@ -137,13 +147,11 @@ def _tile_kernel(*all_refs: Any, tiles: AttentionTiles) -> None:
     out_ref = all_refs[-1]
     head = pl.program_id(0)
     number = pl.num_programs(1) - 1 - pl.program_id(1)
-    num_tokens = table.num_tokens[number]
+    row, first_token, num_tokens = table.read(number)
 
     @pl.when(num_tokens > 0)
     def _attend() -> None:
-        row = table.rows[number]
         length = tiles.load_length(refs, row)
-        first_token = table.first_tokens[number]
         # The last of the row's tokens stands at its last position.
         first_position = first_token + length - table.row_starts[row + 1]
         tile = QueryTile(row, head, first_token, num_tokens, first_position)
@@ -163,7 +171,7 @@ def _tile_kernel(*all_refs: Any, tiles: AttentionTiles) -> None:
         tiles.store_rows(out_ref, tile, tiles.finish(state, sinks))
 
     # Unused tiles are as many as the tokens of padding need.
-    unused = number - table.num_used[0]
+    unused = number - table.num_used
     padding = table.row_starts[table.row_starts.shape[0] - 1] + unused * tiles.tokens
     total_tokens = out_ref.shape[0]
 

@@ -13,9 +13,9 @@ from pallas_kernels.common.kv_update import (
     token_slots,
 )
 from pallas_kernels.common.scores import ScoreOptions
-from pallas_kernels.ragged_attention.tiles import make_tiles
+from pallas_kernels.ragged_attention.tiles import TileLayout, TileTable, make_tiles
 
-TILE_Q = 64
+LAYOUT = TileLayout(tokens=64)
 
 
 def ragged_attention_reference(
@@ -26,12 +26,14 @@ def ragged_attention_reference(
     lengths: Int[Array, " S"],
     options: ScoreOptions,
     kv_scales: Float[Array, "2 K"] | None,
+    *,
+    tiles: TileTable | None = None,
 ) -> Float[Array, "T H D"]:
     """Attends all tiles at once to whole tables; see `api.ragged_attention`."""
+    del tiles  # made here, where all of it can be read
     num_tokens = q.shape[0]
-    tile_q = min(TILE_Q, num_tokens)
-    tiles = make_tiles(row_starts, num_tokens, tile_q)
-    offsets = jnp.arange(tile_q)
+    tiles = make_tiles(row_starts, num_tokens, LAYOUT)
+    offsets = jnp.arange(LAYOUT.tile_q(num_tokens))
     tokens = tiles.first_tokens[:, None] + offsets[None, :]  # [N, tile_q]
     used = offsets[None, :] < tiles.num_tokens[:, None]
     # Position of token i of a sequence: it ends at the sequence's length.

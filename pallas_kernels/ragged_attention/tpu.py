@@ -1,5 +1,7 @@
 """Prefill attention on TPUs; the kernel is that of `common.tpu_attention`."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Shaped
@@ -14,9 +16,14 @@ from pallas_kernels.common.tpu_attention import (
     attend,
 )
 from pallas_kernels.common.tpu_attention_kernel import TOKENS_PER_RUN, TileSizes
-from pallas_kernels.common.tuning import tuned_sizes
+from pallas_kernels.common.tuning import Sizes, tuned_sizes
 from pallas_kernels.ragged_attention.groups import make_groups
-from pallas_kernels.ragged_attention.tiles import make_tiles
+from pallas_kernels.ragged_attention.tiles import (
+    TileLayout,
+    TileTable,
+    make_tiles,
+    tiles_for,
+)
 
 QUERY_ROWS = {"v6e": 1024}
 """Rows of queries, of one KV head, to a tile. Each tile reads the keys anew: with 512
@@ -46,13 +53,15 @@ def ragged_attention_tpu(
     options: ScoreOptions,
     kv_scales: Float[Array, "2 K"] | None,
     *,
+    tiles: TileTable | None = None,
     target: Target,
 ) -> Float[Array, "T H D"]:
     """Attends tile after tile; see `api.ragged_attention`."""
     cache = PagedCache(kv, block_tables, kv_scales)
-    sizes = _tile_sizes(q, cache, target)
-    tiles = _make_tiles(q, row_starts, lengths, sizes.tile_q)
-    return attend(q, cache, tiles, options, sizes, None, target)[0]
+    sizes, layout = _tile_sizes(q, cache, target), tile_layout(q, kv, target)
+    table = tiles_for(tiles, row_starts, q.shape[0], layout)
+    placed = _place(table, row_starts, lengths, q.shape[0])
+    return attend(q, cache, placed, options, sizes, None, target)[0]
 
 
 def ragged_attention_update_tpu(
@@ -73,43 +82,50 @@ def ragged_attention_update_tpu(
     """
     cache = PagedCache(kv, block_tables, kv_scales)
     sizes = _tile_sizes(tokens.q, cache, target)
-    tiles = _make_tiles(tokens.q, row_starts, lengths, sizes.tile_q)
+    num_tokens = tokens.q.shape[0]
+    table = make_tiles(row_starts, num_tokens, tile_layout(tokens.q, kv, target))
+    tiles = _place(table, row_starts, lengths, num_tokens)
     stored = stored_values(tokens, kv.dtype, kv_scales)
     new: Groups = make_groups(stored, cache, row_starts, lengths)
     return attend(tokens.q, cache, tiles, options, sizes, new, target)
 
 
-def _make_tiles(
-    q: Float[Array, "T H D"],
+def tile_layout(q: Any, kv: Any, target: Target) -> TileLayout:
+    """How tokens are cut; see `api.tile_layout`."""
+    num_heads = q.shape[1]
+    group = num_heads // kv.shape[2]
+    query_rows = _sizes(q, kv, target)["query_rows"]
+    tile_q = max(1, min(query_rows // group, MAX_TILE_HEADS // num_heads))
+    # Whole runs of tokens, where they are many.
+    tile_q = tile_q // TOKENS_PER_RUN * TOKENS_PER_RUN or tile_q
+    return TileLayout(tile_q, with_padding=True)
+
+
+def _place(
+    table: TileTable,
     row_starts: Int[Array, " R"],
     lengths: Int[Array, " S"],
-    tile_q: int,
+    num_tokens: int,
 ) -> Tiles:
-    """The tiles of all sequences; then those of the padding, which see nothing."""
-    num_tokens = q.shape[0]
-    padded_starts = jnp.append(row_starts, jnp.asarray(num_tokens, row_starts.dtype))
-    padded_lengths = jnp.append(lengths, jnp.zeros((), lengths.dtype))
-    table = make_tiles(padded_starts, num_tokens, tile_q)
-    rows, first_tokens, counts, num_used = map(jnp.asarray, table)
-    shift = (padded_lengths - padded_starts[1:])[rows]
+    """Where the tiles stand in their sequences; those of padding see nothing."""
+    ends = jnp.append(row_starts[1:], jnp.asarray(num_tokens, row_starts.dtype))
+    shift = jnp.append(lengths, jnp.zeros((), lengths.dtype)) - ends
+    rows, first_tokens = jnp.asarray(table.rows), jnp.asarray(table.first_tokens)
     return Tiles(
         rows=jnp.minimum(rows, lengths.shape[0] - 1),
         first_tokens=first_tokens,
-        num_tokens=counts,
-        first_positions=first_tokens + shift,
-        num_used=num_used,
+        num_tokens=jnp.asarray(table.num_tokens),
+        first_positions=first_tokens + shift[rows],
+        num_used=jnp.asarray(table.num_used),
     )
 
 
-def _tile_sizes(
-    q: Float[Array, "T H D"], cache: PagedCache, target: Target
-) -> TileSizes:
-    kv = cache.kv
+def _sizes(q: Any, kv: Any, target: Target) -> Sizes:
     group = q.shape[1] // kv.shape[2]
-    sizes = tuned_sizes(
+    return tuned_sizes(
         "ragged_attention",
         target,
-        f"tpu-{kv.dtype.name}-K{kv.shape[2]}-G{group}-D{kv.shape[4]}-P{kv.shape[3]}",
+        f"tpu-{kv.dtype}-K{kv.shape[2]}-G{group}-D{kv.shape[4]}-P{kv.shape[3]}",
         {
             "query_rows": QUERY_ROWS.get(target.generation, DEFAULT_QUERY_ROWS),
             "small_query_rows": SMALL_QUERY_ROWS,
@@ -117,11 +133,14 @@ def _tile_sizes(
             "num_buffers": NUM_BUFFERS,
         },
     )
-    tile_q = min(sizes["query_rows"] // group, MAX_TILE_HEADS // q.shape[1])
-    tile_q = max(1, tile_q)
-    # Whole runs of tokens, where they are many.
-    tile_q = tile_q // TOKENS_PER_RUN * TOKENS_PER_RUN or tile_q
-    tile_q = min(tile_q, q.shape[0])
+
+
+def _tile_sizes(
+    q: Float[Array, "T H D"], cache: PagedCache, target: Target
+) -> TileSizes:
+    kv, group = cache.kv, q.shape[1] // cache.kv.shape[2]
+    sizes = _sizes(q, kv, target)
+    tile_q = tile_layout(q, kv, target).tile_q(q.shape[0])
     small_q = max(1, sizes["small_query_rows"] // group)
     block_bytes = kv.size // kv.shape[0] * kv.dtype.itemsize
     blocks_per_chunk = sizes["chunk_keys"] // kv.shape[3]

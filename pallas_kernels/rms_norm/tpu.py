@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
+from pallas_kernels.common.cost import cost_of
 from pallas_kernels.common.elementwise import largest_value, saturate, struct
 from pallas_kernels.common.target import Target
 from pallas_kernels.common.tuning import tuned_sizes
@@ -69,6 +70,9 @@ def rms_norm_tpu(
         in_specs=in_specs,
         out_specs=out_specs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        cost_estimate=cost_of(
+            *arrays, *outputs, flops=6 * x.size, exponentials=num_tokens
+        ),
         interpret=target.interpret,
         name="rms_norm",
     )(*arrays)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels.common.elementwise import Activation
+from pallas_kernels.common.elementwise import Activation, activate
 
 
 def silu_mul_reference(
@@ -15,8 +15,12 @@ def silu_mul_reference(
     half = x.shape[1] // 2
     gate, up = x[:, :half], x[:, half:]
     wide = gate.astype(jnp.float32)
-    if activation == "silu":
-        active = jax.nn.silu(wide)
-    else:
-        active = jax.nn.gelu(wide, approximate=activation == "gelu_tanh")
+    match activation:
+        case "silu":
+            active = jax.nn.silu(wide)
+        case "gelu":
+            active = jax.nn.gelu(wide, approximate=False)
+        case "gelu_tanh":
+            # JAX's own cancels for gates far below zero.
+            active = activate(wide, activation)
     return active.astype(x.dtype) * up

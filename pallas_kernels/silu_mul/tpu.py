@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
+from pallas_kernels.common.cost import cost_of
 from pallas_kernels.common.elementwise import Activation, activate, struct
 from pallas_kernels.common.target import Target
 from pallas_kernels.common.tuning import tuned_sizes
@@ -36,10 +37,11 @@ def silu_mul_tpu(
         n for n in range(1, sizes["columns"] // LANES + 1) if runs % n == 0
     )
     num_columns = half // columns
+    out = struct((num_tokens, half), x.dtype)
     return pl.pallas_call(
         partial(_kernel, activation=activation),
         grid=(pl.cdiv(num_tokens, rows), num_columns),
-        out_shape=struct((num_tokens, half), x.dtype),
+        out_shape=out,
         in_specs=[
             pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
             pl.BlockSpec((rows, columns), lambda i, j: (i, j + num_columns)),
@@ -48,6 +50,7 @@ def silu_mul_tpu(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel")
         ),
+        cost_estimate=cost_of(x, out, flops=8 * out.size, exponentials=out.size),
         interpret=target.interpret,
         name="silu_mul",
     )(x, x)

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from pallas_kernels.common.chunks import chunked_order
+from pallas_kernels.common.cost import cost_of
 from pallas_kernels.common.recurrent_tpu import (
     LANES,
     check_types,
@@ -91,6 +92,11 @@ def ssm_scan_tpu(
         input_output_aliases={9: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary")
+        ),
+        cost_estimate=cost_of(
+            *(x, x, dt, B, C, state, state),
+            flops=2 * x.size * (chunk + 2 * state_width),
+            exponentials=dt.size * chunk,
         ),
         interpret=target.interpret,
         name="ssm_scan",
@@ -192,6 +198,11 @@ def ssm_step_tpu(
         input_output_aliases={5: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary")
+        ),
+        cost_estimate=cost_of(
+            *(values, enters, leaves, values),
+            flops=5 * x.size * state_width,
+            more_bytes=2 * num_tokens * (state.nbytes // state.shape[0]),
         ),
         interpret=target.interpret,
         name="ssm_step",

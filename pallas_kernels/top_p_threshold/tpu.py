@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
+from pallas_kernels.common.cost import cost_of
 from pallas_kernels.common.elementwise import struct
 from pallas_kernels.common.target import Target
 from pallas_kernels.top_p_threshold.search import Measured, largest_threshold
@@ -19,6 +20,9 @@ ROWS = 8
 COLUMNS = 512
 MAX_WIDTH = 1 << 19
 VMEM_BYTES = 56 << 20
+
+NUM_PASSES, FLOPS_PER_SCORE = 12, 8
+"""Of both searches together as a rule, for the compiler's estimate."""
 
 
 def top_p_threshold_tpu(
@@ -49,6 +53,11 @@ def top_p_threshold_tpu(
         scratch_shapes=[pltpu.VMEM((rows, width), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=cost_of(
+            scores,
+            flops=NUM_PASSES * FLOPS_PER_SCORE * scores.size,
+            exponentials=scores.size,
         ),
         interpret=target.interpret,
         name="top_p_threshold",

@@ -13,9 +13,6 @@ import argparse
 import json
 import os
 import pathlib
-import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,17 +24,11 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks.kernels.run import cases_of, operations
 from pallas_kernels.common.target import Target
-from tests.aot import hlo
+from tests.aot import hlo, resources
 from tests.aot.provenance import H200, ROOT, provenance
 
 RESULTS = ROOT / "benchmarks" / "results" / "aot_kernels.jsonl"
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-PTXAS = re.compile(
-    r"Compiling entry function '(?P<name>\w+)'.*?"
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?",
-    re.DOTALL,
-)
 
 
 def devices_of(platform, generations):
@@ -56,40 +47,6 @@ def devices_of(platform, generations):
     return [topologies.get_topology_desc(n, platform="tpu").devices[0] for n in names]
 
 
-def ptxas_report(folder):
-    """Registers and spilled bytes of each kernel whose code XLA left in a folder."""
-    if shutil.which("ptxas") is None:
-        return []
-    found = {}
-    for path in sorted(folder.glob("*.ptx")):
-        if ".entry" not in path.read_text():
-            continue
-        command = ["ptxas", "-v", "-arch=sm_90a", "-o", "/dev/null", str(path)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        text = result.stdout + result.stderr
-        if result.returncode:
-            raise RuntimeError(f"ptxas: {text[-500:]}")
-        for entry in re.split(r"(?=ptxas info\s+: Compiling entry)", text):
-            if match := PTXAS.search(entry):
-                found[match["name"]] = {
-                    "kernel": match["name"],
-                    "registers": int(match["registers"]),
-                    "spilled_bytes": int(match["stores"]) + int(match["loads"]),
-                }
-    return list(found.values())
-
-
-def mosaic_report():
-    """The same for the kernels of Mosaic GPU, which XLA does not see."""
-    folder = os.environ.get("MOSAIC_GPU_DUMP_TO")
-    if folder is None:
-        return []
-    found = ptxas_report(pathlib.Path(folder))
-    for path in pathlib.Path(folder).iterdir():
-        path.unlink()
-    return found
-
-
 def compile_case(case, implementation, device):
     """What the compiler made of one case."""
     target, place = Target.of(device), SingleDeviceSharding(device)
@@ -101,12 +58,10 @@ def compile_case(case, implementation, device):
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as dump:
         options = {"xla_dump_to": dump} if target.platform == "gpu" else {}
-        compiled = jitted.lower(*arguments).compile(compiler_options=options)
-        kernels = ptxas_report(pathlib.Path(dump))
-        if target.platform == "gpu":
-            kernels += mosaic_report()
+        traced = jitted.trace(*arguments)
+        compiled = traced.lower().compile(compiler_options=options)
+        facts = facts_of(target, traced, compiled, pathlib.Path(dump))
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    cost = compiled.cost_analysis() or {}
     donated = {case.arguments[i].size for i in case.donated}
     return {
         "aliased_bytes": memory.alias_size_in_bytes,
@@ -115,12 +70,25 @@ def compile_case(case, implementation, device):
         "aliased_parameters": len(hlo.aliased_parameters(text)),
         "large_moves": hlo.large_moves(text, donated, sys.maxsize) if donated else [],
         "custom_calls": hlo.custom_calls(text),
-        "kernels": kernels,
-        "estimated_bytes": int(cost.get("bytes accessed", 0)),
-        "estimated_seconds": cost.get("optimal_seconds"),
+        **facts,
         "num_bytes": case.num_bytes,
         "num_flops": case.num_flops,
         "compile_seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def facts_of(target, traced, compiled, dump):
+    """What kernels take of the device; on a TPU also what the compiler estimates."""
+    if target.platform == "gpu":
+        return {"kernels": resources.triton_kernels(dump) + resources.mosaic_kernels()}
+    cost = compiled.cost_analysis()
+    # An instruction that the compiler cannot time counts as a second less than nothing.
+    seconds = cost["optimal_seconds"]
+    return {
+        "vmem_bytes": resources.vector_memory(compiled.as_text()),
+        "smem_bytes": resources.scalar_memory(traced.jaxpr),
+        "estimated_bytes": int(cost["bytes accessed"]),
+        "estimated_seconds": seconds if seconds >= 0 else None,
     }
 
 
@@ -133,7 +101,8 @@ def report(case, implementation, device):
         "device": Target.of(device).name,
     }
     try:
-        return facts | compile_case(case, implementation, device)
+        facts |= compile_case(case, implementation, device)
+        return facts | {"over_bounds": resources.over_bounds(facts)}
     except NotImplementedError as reason:
         return facts | {"unsupported": str(reason)}
     except Exception as error:  # noqa: BLE001  whatever a compiler may raise
@@ -143,16 +112,21 @@ def report(case, implementation, device):
 
 def table_row(line):
     """A line for people."""
+    kernels = line.get("kernels", [])
     worst = max(
-        line.get("kernels", []),
+        kernels,
         key=lambda kernel: (kernel["spilled_bytes"], kernel["registers"]),
         default={},
     )
+    shared = max((kernel["shared_bytes"] for kernel in kernels), default="")
+    trouble = line.get("error", line.get("unsupported", ""))
     return (
         f"{line['operation']:18} {line['case']:34} {line['implementation']:11} "
         f"{line['device']:6} {worst.get('registers', ''):>4} "
-        f"{worst.get('spilled_bytes', ''):>6} {line.get('compile_seconds', ''):>6} "
-        f"{line.get('error', line.get('unsupported', ''))[:120]}"
+        f"{worst.get('spilled_bytes', ''):>6} {shared:>7} "
+        f"{line.get('vmem_bytes', ''):>9} {line.get('smem_bytes', ''):>7} "
+        f"{line.get('compile_seconds', ''):>6} "
+        f"{(trouble or '; '.join(line.get('over_bounds', [])))[:120]}"
     )
 
 

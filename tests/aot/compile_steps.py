@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jllm.engine.builder import ProgramBuilder
 from jllm.engine.programs import (
-    ProgramBuilder,
     ProgramOptions,
     ProgramSizes,
     describe_state,
@@ -105,6 +105,8 @@ def program_options(platform, model):
         num_logprobs=20,
         rule_size=RuleLayout(model.padded_vocab_size).size,
         draw_method="gumbel",
+        tiles=model.tile_layout(block_size),
+        branches=False,
     )
 
 
@@ -146,12 +148,8 @@ class Target:
 
     def compile(self, program):
         """A compiled program."""
-        builder = self._builder
-        if program == "sampler":
-            return builder.sampler(NUM_ROWS)
-        if program == "prompt_logprobs":
-            return builder.prompt_logprobs()
-        return builder.step(program, NUM_ROWS if program == "decode" else NUM_TOKENS)
+        size = NUM_ROWS if program in ("decode", "sampler") else NUM_TOKENS
+        return self._builder.build(program, size).program
 
     def report(self, program, dump=None):
         """What XLA made of a program; bytes are per device."""

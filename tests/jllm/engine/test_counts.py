@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from jllm.models.base import ModelOptions, ParamSpec
+from jllm.models.registry import build_model
 from pallas_kernels.paged_attention import api as paged_api
-from tests.engines import drain, make_engine, request, shared_engine
+from tests.engines import QWEN3, drain, make_engine, request, shared_engine
 
 EXTRAS = [
     {"temperature": 0.7, "top_k": 5},
@@ -157,6 +159,15 @@ def test_few_leaves_per_call(engine):
     )
     num_layers = 2
     assert leaves <= 5 * num_layers + 10
+
+
+def test_at_most_400_leaves_per_call_with_32_layers():
+    config = {**QWEN3, "num_hidden_layers": 32}
+    model = build_model(config, ModelOptions())
+    specs = jax.tree.leaves(model.specs(), is_leaf=lambda x: isinstance(x, ParamSpec))
+    state = len(jax.tree.leaves(shared_engine().state)) - 2 + 32
+    vector = 1
+    assert len(specs) + state + vector <= 400
 
 
 INSTRUCTION = re.compile(r"= \w+\[([\d,]*)\]\S* (copy|transpose|convert)\(")

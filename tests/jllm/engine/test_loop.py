@@ -18,12 +18,8 @@ class Sink:
         self.items, self.ended = [], threading.Event()
 
     def __call__(self, item):
-        if isinstance(item, EngineStoppedError):
-            self.items.append(item)
-            self.ended.set()
-            return
-        self.items += item
-        if any(output.finish_reason for output in item):
+        self.items.append(item)
+        if isinstance(item, EngineStoppedError) or item.finish_reason:
             self.ended.set()
 
     def wait(self):

@@ -1,5 +1,6 @@
 """All rules together: exact probabilities, independence of the batch, collectives."""
 
+import dataclasses
 import math
 import re
 from functools import partial
@@ -13,7 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jllm.sampling.logprobs import ResultLayout
 from jllm.sampling.rules import RowRules
-from jllm.sampling.sampler import draw, sample
+from jllm.sampling.sampler import SamplerOptions, draw, sample
+from jllm.sampling.transforms import ThresholdSearch
 from tests.jllm.sampling import oracle
 from tests.jllm.sampling.oracle import Spec
 
@@ -82,11 +84,14 @@ def sample_many(logits, rows, history, rules, first, method):
 
     logits, rows, rules = jax.tree.map(repeat, (logits, rows, rules))
     steps = jnp.arange(NUM_ROWS, dtype=jnp.int32)
-    rows = rows.replace(position=rows.position + first + steps)
-    history = history.replace(
-        block_tables=repeat(history.block_tables), lengths=repeat(history.lengths)
+    rows = dataclasses.replace(rows, position=rows.position + first + steps)
+    history = dataclasses.replace(
+        history,
+        block_tables=repeat(history.block_tables),
+        lengths=repeat(history.lengths),
     )
-    return sample(logits, rows, history, rules, TOP, method).tokens
+    options = SamplerOptions(TOP, method)
+    return sample(logits, rows, history, rules, options).tokens
 
 
 @pytest.fixture
@@ -95,7 +100,7 @@ def empirical(make_rows, make_history, make_rules):
         # Positions lie far beyond the context; `min_tokens` is moved along.
         shift = 10**6 if spec.min_tokens else 0
         rows = make_rows([spec])
-        rows = rows.replace(min_tokens=rows.min_tokens + shift)
+        rows = dataclasses.replace(rows, min_tokens=rows.min_tokens + shift)
         history = make_history([spec], vocab_size=VOCAB)
         rules = make_rules([spec], vocab_size=VOCAB)
         counts = np.zeros(VOCAB, int)
@@ -139,7 +144,7 @@ def mixed_batch():
 
 def test_rows_do_not_see_each_other(make_rows, make_history, make_rules):
     specs, logits = mixed_batch()
-    run = jax.jit(partial(sample, num_logprobs=TOP))
+    run = jax.jit(partial(sample, options=SamplerOptions(TOP)))
     plain = jax.jit(draw)
     positions = range(1000, 1008)
 
@@ -176,7 +181,7 @@ def test_greedy_rows_obey_the_rules(make_rows, make_history, make_rules):
         Spec(rules=RowRules(allowed_token_ids=(best,), bad_words_token_ids=((best,),))),
         *[Spec(temperature=0.0)] * 3,
     ]
-    result = jax.jit(partial(sample, num_logprobs=TOP))(
+    result = jax.jit(partial(sample, options=SamplerOptions(TOP)))(
         jnp.tile(jnp.asarray(LOGITS), (len(specs), 1)),
         make_rows(specs),
         make_history(specs, vocab_size=VOCAB),
@@ -201,7 +206,7 @@ def test_a_bad_row_fails_alone(value, make_rows, make_history, make_rules):
     rows = make_rows(specs)
     history = make_history(specs, vocab_size=VOCAB)
     rules = make_rules(specs, vocab_size=VOCAB)
-    run = jax.jit(partial(sample, num_logprobs=TOP))
+    run = jax.jit(partial(sample, options=SamplerOptions(TOP)))
     good, hurt = (
         np.asarray(run(jnp.asarray(x), rows, history, rules).packed)
         for x in (logits, bad)
@@ -257,5 +262,6 @@ def test_no_logits_move_in_sample(make_rows, make_history, make_rules):
     rows, history = make_rows(specs), make_history(specs, vocab_size=4096)
     rules = make_rules(specs, vocab_size=4096)
     logits = over_vocabulary(jax.random.normal(jax.random.key(0), (8, 4096)))
-    step = jax.jit(lambda x: sample(x, rows, history, rules, 20).packed)
+    options = SamplerOptions(20, search=ThresholdSearch("reference"))
+    step = jax.jit(lambda x: sample(x, rows, history, rules, options).packed)
     assert max(collectives(step.lower(logits).compile())) <= logits.size / 8

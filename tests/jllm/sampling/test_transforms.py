@@ -1,5 +1,7 @@
 """Each rule against its obvious float64 version."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jllm.sampling import transforms
+from jllm.sampling.rows import SamplingRows
 from jllm.sampling.rules import RowRules, RuleLayout, unpack_rules
 from tests.jllm.sampling import oracle
 from tests.jllm.sampling.oracle import Spec
@@ -26,12 +29,36 @@ ban_unless_allowed = jax.jit(transforms.ban_unless_allowed)
 ban_early_stop = jax.jit(transforms.ban_early_stop)
 ban_bad_words = jax.jit(transforms.ban_bad_words)
 keep_best = jax.jit(transforms.keep_best_if_all_banned)
-apply_top_k = jax.jit(transforms.apply_top_k)
+
+
+def neutral_rows(**changes):
+    zeros, whole = jnp.zeros(2), jnp.zeros(2, jnp.int32)
+    rows = SamplingRows(
+        temperature=jnp.full(2, TEMPERATURE),
+        top_p=jnp.ones(2),
+        top_k=whole,
+        min_p=zeros,
+        presence=zeros,
+        frequency=zeros,
+        repetition=jnp.ones(2),
+        seed=jnp.zeros((2, 2), jnp.uint32),
+        position=whole,
+        prompt_len=whole,
+        min_tokens=whole,
+    )
+    return dataclasses.replace(rows, **changes)
+
+
+@jax.jit
+def apply_top_k(scores, k):
+    rows = neutral_rows(top_k=k)
+    return transforms.apply_top_k_top_p(scores, rows, transforms.ThresholdSearch())
 
 
 @jax.jit
 def apply_top_p(scores, p):
-    return transforms.apply_top_p(scores, p, jnp.full(2, TEMPERATURE))
+    rows = neutral_rows(top_p=p)
+    return transforms.apply_top_k_top_p(scores, rows, transforms.ThresholdSearch())
 
 
 @jax.jit

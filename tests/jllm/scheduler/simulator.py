@@ -15,7 +15,7 @@ import random
 
 from jllm.config import SchedulerConfig
 from jllm.scheduler.request import Request, RequestStatus
-from jllm.scheduler.scheduler import RowResult, Scheduler
+from jllm.scheduler.scheduler import Scheduler
 
 NUM_STEPS = 200
 VOCABULARY = 40
@@ -81,14 +81,19 @@ class Device:
         self.start_of = start_of
 
     def execute(self, plan, faults):
-        """Runs a plan; rows in `faults` are not finite and leave poison behind."""
+        """Runs a plan; rows in `faults` are not finite and leave poison behind.
+
+        Returns the token of each row, and the places of those that are not finite.
+        """
         self._apply_copies(plan)
         for item in plan.rows:
             self._apply_update(item)
         # First all writes, then all reads, as attention does.
         for item in plan.rows:
             self._write(item, faults)
-        return [self._sample(item) for item in plan.rows]
+        results = [self._sample(item) for item in plan.rows]
+        failed = {i for i, (_, finite) in enumerate(results) if not finite}
+        return [token for token, _ in results], failed
 
     def _apply_copies(self, plan):
         copies = [item.copy for item in plan.rows if item.copy]
@@ -137,7 +142,7 @@ class Device:
         token = 0
         if item.samples:
             token = row.last_token = sample(row.seed, entries)
-        return RowResult(token, finite)
+        return token, finite
 
 
 # --- the run -----------------------------------------------------------------
@@ -300,7 +305,7 @@ class Simulation:
         check_states(self)
 
     def _commit(self, plan, results):
-        for update in self.scheduler.commit(plan, results):
+        for update in self.scheduler.commit(plan, *results):
             request = update.request
             assert plan.rows[update.plan_index].sequence_id == request.sequence_id
             if update.token_id is not None:
@@ -318,7 +323,7 @@ class Simulation:
 
 def can_start(scheduler, request):
     """Whether nothing but room keeps a sequence from running."""
-    if request.status is RequestStatus.RUNNING or request.num_pending:
+    if request.status is RequestStatus.RUNNING or scheduler.num_pending(request):
         return False
     parent = request.fork_of
     if parent is None:
@@ -359,9 +364,9 @@ def check_budget(run, plan):
     assert len({row.row for row in rows}) == len(rows) <= config.max_num_seqs
     for row in rows:
         request = run.open[row.sequence_id]
-        known = request.num_tokens + request.num_pending
+        known = request.num_tokens + run.scheduler.num_pending(request)
         end = row.position + row.num_tokens
-        assert 0 <= request.num_computed_tokens == end
+        assert 0 <= run.scheduler.num_computed_tokens(request) == end
         assert end + row.samples <= known
         assert row.num_tokens >= 1
         assert row.tokens or row.num_tokens == 1

@@ -25,6 +25,11 @@ ESCAPES = [
 ]
 
 
+def calls(arguments):
+    function = {"name": "f", "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"function": function}]}
+
+
 def render(messages=USER, template=None, **options):
     options["chat_template"] = template
     return render_chat(byte_tokenizer(), messages, ChatOptions(**options))
@@ -96,6 +101,15 @@ def test_errors_of_the_template_are_told(template, word):
             [{"role": "user", "content": [{"type": "image_url"}]}],
             r"\[0\] must be a text",
         ),
+        ([{"role": "assistant", "tool_calls": "f"}], r"tool_calls must be a list"),
+        ([{"role": "assistant", "tool_calls": [{}]}], r"tool_calls\[0\] must hold"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}],
+            "with a name",
+        ),
+        ([calls("{")], r"tool_calls\[0\]\.function\.arguments is no JSON"),
+        ([calls("[1]")], "must be a JSON object"),
+        ([calls("[" * 10**5)], "is no JSON"),
     ],
 )
 def test_malformed_conversations(messages, word):

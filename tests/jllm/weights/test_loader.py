@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from jllm.errors import CheckpointError
 from jllm.models.base import ParamSpec, Part, parameter_bytes, parameter_count
 from jllm.weights import loader
+from jllm.weights.host_memory import HostMemory
 from jllm.weights.hub import CheckpointFiles, resolve_model
 from jllm.weights.loader import load_weights
 from jllm.weights.tensors import StoredTensor
@@ -175,7 +176,8 @@ def test_only_the_slice_of_a_tensor_is_touched(tmp_path, monkeypatch):
     files = save(tmp_path, make_arrays())
     spec = make_specs()["layers"][0]["out"]
     sections = loader.lay_out("out", spec, loader.find_tensors(files.path))
-    piece = loader.read_slice(spec, sections, ((0, E), (6, 12)), np.dtype("float32"))
+    bounds, dtype = ((0, E), (6, 12)), np.dtype("float32")
+    piece = loader.read_slice(spec, sections, bounds, dtype, HostMemory(0))
     assert np.array_equal(piece, make_arrays()["out"][:, 6:12])
     assert touched == [piece.size]
 

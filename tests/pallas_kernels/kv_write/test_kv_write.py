@@ -289,7 +289,7 @@ def test_wrong_heads_are_named(change, words):
     [
         ("tpu", Write(1, head_dim=64), "no multiple of 128"),
         ("tpu", Write(1, block_size=4), "no multiple of the 8 rows"),
-        ("tpu", Write(1, dtype="float16", kv_dtype="float16"), "float16 on TPU"),
+        ("tpu", Write(1, dtype="float16", kv_dtype="float16"), "no vectors of float16"),
     ],
 )
 def test_unsupported_is_said(implementation, write, words):

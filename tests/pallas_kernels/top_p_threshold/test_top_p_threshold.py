@@ -53,10 +53,11 @@ def solve(scores, top_k, top_p, temperature):
     kth = ordered[top_k - 1] if 0 < top_k < len(scores) else -np.inf
     if top_p >= 1:
         return kth, [kth]
-    kept = np.unique(scores[scores >= kth])[::-1]
-    masses = np.array(
-        [np.exp((scores[scores >= t] - best) / temperature).sum() for t in kept]
-    )
+    ordered = ordered[ordered >= kth]
+    sums = np.cumsum(np.exp((ordered - best) / temperature))
+    kept, counts = np.unique(ordered, return_counts=True)
+    kept = kept[::-1]
+    masses = sums[np.cumsum(counts[::-1]) - 1]
     target = np.float64(np.float32(top_p)) * masses[-1]
     slack = SLACK * masses[-1]
     exact = kept[np.argmax(masses >= target)]

@@ -1,0 +1,1 @@
+"""Other engines on the same checkpoint and workload, in turns with jllm."""

@@ -1,0 +1,1 @@
+"""Benchmarks of the engine and of servers: throughput, latency, start-up."""

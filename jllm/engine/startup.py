@@ -1,0 +1,268 @@
+"""Starts the programs of an engine, while its weights are read.
+
+The pool is sized before anything is compiled, so that nothing is compiled twice.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jllm.config import EngineConfig
+from jllm.engine.builder import ProgramBuilder
+from jllm.engine.executables import ExecutableStore, fingerprint
+from jllm.engine.memory import MemoryBudget, PoolSizes
+from jllm.engine.options import Resolved
+from jllm.engine.programs import ProgramOptions, Programs, sampler_bytes
+from jllm.models.base import Model, ParamSpec, Weights
+from jllm.sampling.rules import RuleLayout
+from jllm.weights.hub import CheckpointFiles
+from shardings.place import tree_shardings
+
+logger = logging.getLogger("jllm")
+
+MIN_POOL_TOKENS = 65536
+"""A pool is not made smaller than this only because few rows could use it."""
+
+ACTIVATION_COPIES = 4
+"""Arrays as wide as the widest layer that a prefill program may hold at once."""
+
+LEAST_SHARE_OF_POOL = 0.75
+"""A smaller pool than would fit is taken down to here, if its programs are there."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StartPlan:
+    """What is known of a replica before its weights are read.
+
+    Attributes:
+        config: The options.
+        files: The checkpoint's settings.
+        resolved: What follows from both.
+        model: The network.
+        mesh: Devices that share each layer.
+        capacity: Bytes that each device can give.
+    """
+
+    config: EngineConfig
+    files: CheckpointFiles
+    resolved: Resolved
+    model: Model
+    mesh: Mesh
+    capacity: int
+
+    @property
+    def place(self) -> NamedSharding:
+        """Where inputs and small results live."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def platform(self) -> str:
+        """Kind of device."""
+        return self.mesh.devices.flat[0].platform
+
+    def weights(self) -> Weights:
+        """Shapes, types and places of the weights."""
+        specs = self.model.specs()
+        return jax.tree.map(
+            lambda spec, place: jax.ShapeDtypeStruct(
+                spec.shape, jnp.dtype(self.resolved.dtype), sharding=place
+            ),
+            specs,
+            tree_shardings(specs, self.mesh),
+            is_leaf=lambda node: isinstance(node, ParamSpec),
+        )
+
+    def budget(self, temporaries: int) -> MemoryBudget:
+        """The memory of one device, given what the programs need beside the pool."""
+        resolved, config = self.resolved, self.config
+        blocks_per_row = -(-resolved.max_model_len // resolved.block_size)
+        useful = max(
+            2 * resolved.max_num_seqs * blocks_per_row,
+            MIN_POOL_TOKENS // resolved.block_size,
+        )
+        return MemoryBudget(
+            capacity=self.capacity,
+            utilization=resolved.utilization,
+            weights=_bytes_per_device(self.weights()),
+            temporaries=temporaries,
+            block=_block_bytes(self.model, resolved.block_size),
+            most_useful_blocks=config.num_blocks or useful,
+        )
+
+    def expected_temporaries(self) -> int:
+        """What the largest program will need, generously.
+
+        A few arrays of activations as wide as the widest layer, or of logits.
+        """
+        layers = [
+            spec
+            for spec in jax.tree.leaves(
+                self.model.specs(), is_leaf=lambda node: isinstance(node, ParamSpec)
+            )
+            if "vocab" not in spec.axes
+        ]
+        widest = max(spec.size // spec.shape[-1] for spec in layers)
+        activations = ACTIVATION_COPIES * 4 * self.resolved.token_budget * widest
+        options = program_options(self.resolved, self.model, 1)
+        builder = ProgramBuilder(self.model, options, self.weights(), self.place)
+        logits = builder.logits(options.table_rows)
+        return max(activations // self.mesh.shape["tensor"], sampler_bytes(logits))
+
+    def fingerprint(self) -> str:
+        """Names all that the programs depend on but the pool."""
+        devices = list(self.mesh.devices.flat)
+        facts = (
+            json.dumps(dict(self.files.config), sort_keys=True),
+            dataclasses.replace(self.model.options, mesh=None),
+            self.mesh.shape_tuple,
+            program_options(self.resolved, self.model, 1),
+            self.resolved.max_model_len,
+            [str(leaf) for leaf in jax.tree.leaves(self.weights())],
+        )
+        return fingerprint(devices, *facts)
+
+    def store(self, name: str) -> ExecutableStore | None:
+        """Where executables are exported to, if they are."""
+        if self.config.executables is None:
+            return None
+        devices = list(self.mesh.devices.flat)
+        return ExecutableStore(self.config.executables, name, devices)
+
+    def pool_sizes(self, name: str) -> PoolSizes | None:
+        """The pools that programs in JAX's cache were compiled for, if it has one."""
+        folder = compilation_cache()
+        return None if folder is None else PoolSizes(folder / "pools" / name)
+
+    def choose_blocks(
+        self, store: ExecutableStore | None, pools: PoolSizes | None
+    ) -> int:
+        """Size of the pool: as asked for, else what will fit.
+
+        A size that was compiled for before is preferred, unless it wastes much: what is
+        free on a computer differs from start to start, and programs fit one pool only.
+        """
+        if self.config.num_blocks is not None:
+            return self.config.num_blocks
+        budget = self.budget(self.expected_temporaries())
+        most = budget.require(1)
+        known = (*(store.pools() if store else ()), *(pools.read() if pools else ()))
+        known = [n for n in known if n <= most]
+        if known and max(known) >= LEAST_SHARE_OF_POOL * most:
+            return max(known)
+        return most
+
+    def start(self) -> "Compiling":
+        """Starts to compile for the pool that will fit."""
+        name = self.fingerprint()
+        store, pools = self.store(name), self.pool_sizes(name)
+        num_blocks = self.choose_blocks(store, pools)
+        if pools and self.config.num_blocks is None:
+            pools.add(num_blocks)
+        return self.compile(num_blocks, store)
+
+    def compile(self, num_blocks: int, store: ExecutableStore | None) -> "Compiling":
+        """Starts to compile for a pool."""
+        options = program_options(self.resolved, self.model, num_blocks)
+        builder = ProgramBuilder(
+            self.model, options, self.weights(), self.place, use_cache=store is None
+        )
+        programs = Programs(builder, options, store)
+        programs.start()
+        return Compiling(options, programs, store)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Compiling:
+    """Programs on their way.
+
+    Attributes:
+        options: Their sizes.
+        programs: The programs.
+        store: Where they are exported to, if anywhere.
+    """
+
+    options: ProgramOptions
+    programs: Programs
+    store: ExecutableStore | None
+
+
+def programs_that_fit(plan: StartPlan, compiling: Compiling) -> Compiling:
+    """Waits for the programs to be able to serve; compiles again if they need more.
+
+    What a program needs beside the pool does not depend on the pool's size.
+    """
+    config = plan.config
+    compiling.programs.compile_first()
+    num_blocks = compiling.options.num_blocks
+    budget = plan.budget(compiling.programs.temporary_bytes())
+    if config.num_blocks is None and budget.require(1) < num_blocks:
+        compiling.programs.close()
+        num_blocks = budget.num_blocks
+        compiling = plan.compile(num_blocks, compiling.store)
+        compiling.programs.compile_first()
+    block_size = plan.resolved.block_size
+    logger.info(
+        "KV pool: %.2f GiB, %d blocks of %d tokens, %d tokens in all; "
+        "weights %.2f GiB, temporaries %.2f GiB per device",
+        num_blocks * budget.block / 2**30,
+        num_blocks,
+        block_size,
+        num_blocks * block_size,
+        budget.weights / 2**30,
+        budget.temporaries / 2**30,
+    )
+    if config.compile_ahead:
+        compiling.programs.compile_rest()
+    return compiling
+
+
+def compilation_cache() -> Path | None:
+    """Folder of JAX's cache of compiled programs, if it has one."""
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    return None if folder is None else Path(folder)
+
+
+def program_options(
+    resolved: Resolved, model: Model, num_blocks: int
+) -> ProgramOptions:
+    """Sizes of the programs for a pool."""
+    block_size = resolved.block_size
+    max_len = min(resolved.max_model_len, num_blocks * block_size)
+    max_blocks = -(-max_len // block_size)
+    new_blocks = -(-resolved.token_budget // block_size)
+    rule_layout = RuleLayout(model.padded_vocab_size)
+    platform = jax.default_backend()
+    return ProgramOptions(
+        sizes=resolved.sizes,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_blocks=max_blocks,
+        # Room for one row's whole table, beside what the other rows' tokens need.
+        max_appends=max_blocks + new_blocks + resolved.max_num_seqs,
+        max_copies=min(8, resolved.max_num_seqs),
+        num_logprobs=resolved.max_logprobs,
+        rule_size=rule_layout.size,
+        draw_method="inverse_cdf" if platform == "cpu" else "gumbel",
+        tiles=model.tile_layout(block_size),
+        branches=platform == "cpu",
+    )
+
+
+def _bytes_per_device(tree: object) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _block_bytes(model: Model, block_size: int) -> int:
+    """One block of all layers on one device, and its place in the token history."""
+    elements = math.prod(model.kv_shape(1, block_size)) * model.num_layers
+    pools = elements * jnp.dtype(model.kv_dtype).itemsize
+    return pools // model.options.tensor_size + 4 * block_size

@@ -1,0 +1,159 @@
+"""The running sequences that have sampled: each computes one token a step."""
+
+import enum
+from bisect import bisect
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import NamedTuple
+
+import numpy as np
+
+from jllm.scheduler.plan import NO_BLOCK, DecodeRows
+from jllm.scheduler.request import Request
+
+
+class Due(NamedTuple):
+    """The sequences that can compute a token now.
+
+    Attributes:
+        num_tokens: How many they are.
+        lacking: Those of them whose blocks are full, in the order of their turn.
+    """
+
+    num_tokens: int
+    lacking: list[Request]
+
+
+class Line(enum.IntEnum):
+    """Lines of the matrix of what is known of each sequence."""
+
+    LENGTH = 0
+    """Tokens known, with those that steps under way sample."""
+    END = 1
+    """Tokens that there is room for in the context, or that are wanted."""
+    ROOM = 2
+    """Tokens that its blocks hold."""
+    NEW_BLOCK = 3
+    """Block appended since the last step, or `NO_BLOCK`."""
+    ROW = 4
+    SEQUENCE_ID = 5
+
+
+class DecodingSequences:
+    """Owns what changes in every step of a sequence that computes single tokens.
+
+    It lies in a matrix with one column per sequence, in the order of their turn, so
+    that a step is planned by a few array operations, however many sequences there are.
+    """
+
+    def __init__(self, num_rows: int, block_size: int) -> None:
+        """Starts without sequences."""
+        self._block_size = block_size
+        self._places = [-1] * num_rows
+        """By row of the device table: the sequence's place in the order of turns."""
+        self._requests: list[Request] = []
+        self._set(np.zeros((len(Line), 0), np.int64))
+
+    def _set(self, matrix: np.ndarray) -> None:
+        """Keeps what every plan shares while the sequences stay the same."""
+        self._matrix = matrix
+        self._rows = matrix[Line.ROW].astype(np.int32)
+        self._ids = matrix[Line.SEQUENCE_ID].copy()
+        self._shared = tuple(self._requests)
+        for place, row in enumerate(self._rows.tolist()):
+            self._places[row] = place
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Takes over a sequence whose first token is being sampled."""
+        column = np.empty(len(Line), np.int64)
+        column[Line.LENGTH] = request.num_tokens + 1
+        column[Line.END] = request.max_length
+        column[Line.ROOM] = len(request.block_ids) * self._block_size
+        column[Line.NEW_BLOCK] = NO_BLOCK
+        column[Line.ROW] = request.row
+        column[Line.SEQUENCE_ID] = request.sequence_id
+        index = bisect(self._requests, request.order, key=attrgetter("order"))
+        self._requests.insert(index, request)
+        self._set(np.insert(self._matrix, index, column, axis=1))
+
+    def remove(self, request: Request) -> None:
+        """Gives back a sequence that is about to lose its row."""
+        request.num_pending = self.num_pending(request)
+        index = self._places[request.row]
+        del self._requests[index]
+        self._set(np.delete(self._matrix, index, axis=1))
+
+    def append_block(self, request: Request, block: int) -> None:
+        """Takes note of a block appended to the table of a sequence."""
+        index = self._places[request.row]
+        self._matrix[Line.ROOM, index] += self._block_size
+        self._matrix[Line.NEW_BLOCK, index] = block
+
+    def num_pending(self, request: Request) -> int:
+        """Tokens of a sequence that steps under way sample."""
+        return self._length(request) - request.num_tokens
+
+    def num_computed_tokens(self, request: Request) -> int:
+        """Tokens of a sequence whose KV has been or is being computed."""
+        return self._length(request) - 1
+
+    def due(self, limit: int) -> Due:
+        """Finds the sequences that are not full, at most so many."""
+        lengths, ends, rooms = self._matrix[:3]
+        # A full one waits for the tokens on their way, with which it ends.
+        is_due, lacks = lengths < ends, lengths > rooms
+        count = int(np.count_nonzero(is_due))
+        if count > limit:
+            is_due[np.flatnonzero(is_due)[limit:]] = False
+        lacking = np.flatnonzero(is_due & lacks).tolist() if lacks.any() else ()
+        return Due(min(count, limit), [self._requests[index] for index in lacking])
+
+    def advance(self, limit: int) -> tuple[DecodeRows, Sequence[Request]] | None:
+        """Plans the next token of all that are not full and have a block for it.
+
+        Args:
+            limit: Most tokens.
+
+        Returns:
+            The rows and their sequences, in the order of their turn; None without any.
+        """
+        if not self._requests:
+            return None
+        lengths, ends, rooms, blocks = self._matrix[:4]
+        is_due = (lengths < ends) & (lengths <= rooms)
+        rows, ids, requests = self._rows, self._ids, self._shared
+        where: slice | np.ndarray = slice(None)
+        if len(requests) > limit or not is_due.all():
+            where = np.flatnonzero(is_due)[:limit]
+            rows, ids = rows[where], ids[where]
+            requests = tuple(requests[index] for index in where.tolist())
+        positions = (lengths[where] - 1).astype(np.int32)
+        new_blocks = blocks[where].astype(np.int32)
+        lengths[where] += 1
+        blocks[where] = NO_BLOCK
+        planned = DecodeRows(
+            sequence_ids=ids,
+            rows=rows,
+            positions=positions,
+            new_blocks=new_blocks,
+            are_last=lengths[where] >= ends[where],
+            block_size=self._block_size,
+        )
+        return (planned, requests) if requests else None
+
+    def _length(self, request: Request) -> int:
+        return int(self._matrix[Line.LENGTH, self._places[request.row]])
+
+    def check_integrity(self, running: Sequence[Request]) -> None:
+        """Raises AssertionError unless the matrix agrees with the sequences."""
+        sampled = [request for request in running if request.first_sample_step]
+        assert self._requests == sampled, "who decodes is not who has sampled"
+        for request, column in zip(sampled, self._matrix.T.tolist(), strict=True):
+            room = len(request.block_ids) * self._block_size
+            identity = [request.row, request.sequence_id]
+            assert column[1:] == [request.max_length, room, NO_BLOCK, *identity]
+            assert 0 <= self.num_pending(request) <= 2

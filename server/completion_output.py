@@ -1,0 +1,119 @@
+"""Outputs of /v1/completions, whole and in chunks."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jllm import CompletionOutput
+from server.generation import Piece
+from server.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CompletionOptions:
+    """What the answer has to hold.
+
+    Attributes:
+        names: How tokens are written.
+        echo: Puts the prompt in front of the text.
+        wants_logprobs: Scores of the tokens.
+        wants_prompt_logprobs: Scores of the prompt in vLLM's form.
+        wants_token_ids: Token ids beside the text.
+        scores_only: Generates nothing: `max_tokens` is 0.
+    """
+
+    names: TokenNames
+    echo: bool
+    wants_logprobs: bool
+    wants_prompt_logprobs: bool
+    wants_token_ids: bool
+    scores_only: bool
+
+
+class CompletionChoice:
+    """One output: collects pieces, gives choices."""
+
+    def __init__(
+        self,
+        index: int,
+        options: CompletionOptions,
+        prompt_text: str,
+        prompt_token_ids: Sequence[int],
+    ) -> None:
+        """Begins with the prompt, if it is wanted."""
+        self._index = index
+        self._options = options
+        self._prompt_text = prompt_text
+        self._prompt_token_ids = prompt_token_ids
+        self._logprobs = CompletionLogprobs(options.names)
+        self._has_begun = False
+        self.num_tokens = 0
+
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        """The choice of a finished output."""
+        completion = piece.completion
+        text = self._text(completion, piece)
+        choice = self._choice(text, completion)
+        choice["finish_reason"] = self._finish_reason(completion)
+        if completion.stop_reason is not None:
+            choice["stop_reason"] = completion.stop_reason
+        if self._options.wants_prompt_logprobs:
+            choice["prompt_logprobs"] = prompt_logprobs(
+                piece.prompt_logprobs, self._options.names
+            )
+        if self._options.wants_token_ids:
+            choice["prompt_token_ids"] = list(self._prompt_token_ids)
+        return choice
+
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """The choices of the chunks that a piece makes: text, then the end."""
+        completion, found = piece.completion, list[dict[str, Any]]()
+        text = self._text(completion, piece)
+        has_tokens = bool(completion.token_ids) and (
+            self._options.wants_logprobs or self._options.wants_token_ids
+        )
+        if text or has_tokens:
+            found.append(self._choice(text, completion))
+        if completion.finish_reason is not None:
+            end = self._choice("", None)
+            end["finish_reason"] = self._finish_reason(completion)
+            if completion.stop_reason is not None:
+                end["stop_reason"] = completion.stop_reason
+            found.append(end)
+        return found
+
+    def _finish_reason(self, completion: CompletionOutput) -> str | None:
+        return "length" if self._options.scores_only else completion.finish_reason
+
+    def _text(self, completion: CompletionOutput, piece: Piece) -> str:
+        """New text; the first has the prompt and its scores in front."""
+        text, options = completion.text, self._options
+        tokens, entries = completion.token_ids, completion.logprobs
+        if options.scores_only:
+            text, tokens, entries = "", (), None
+        self.num_tokens += len(tokens)
+        if not self._has_begun and options.echo:
+            text = self._prompt_text + text
+            if options.wants_logprobs:
+                scores = piece.prompt_logprobs or [None] * len(self._prompt_token_ids)
+                pairs = zip(self._prompt_token_ids, scores, strict=True)
+                for token_id, entry in pairs:
+                    self._logprobs.add(token_id, entry)
+        self._has_begun = True
+        if options.wants_logprobs and entries is not None:
+            for token_id, entry in zip(tokens, entries, strict=True):
+                self._logprobs.add(token_id, entry)
+        return text
+
+    def _choice(self, text: str, completion: CompletionOutput | None) -> dict[str, Any]:
+        has_scores = self._options.wants_logprobs and completion is not None
+        choice: dict[str, Any] = {
+            "text": text,
+            "index": self._index,
+            "logprobs": self._logprobs.take() if has_scores else None,
+            "finish_reason": None,
+        }
+        if self._options.wants_token_ids and completion is not None:
+            tokens = () if self._options.scores_only else completion.token_ids
+            choice["token_ids"] = list(tokens)
+        return choice

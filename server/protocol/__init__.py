@@ -1,0 +1,1 @@
+"""Requests and answers as pydantic types, one module per API."""

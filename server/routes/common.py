@@ -1,0 +1,80 @@
+"""What the handlers of inference share: from the body to a place in the queue."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel
+
+from jllm import SamplingParams
+from server.auth import KEY_HASH
+from server.body import parse_body, read_body
+from server.errors import bad_request
+from server.generation import Job
+from server.protocol.base import CommonFields
+from server.state import SERVER, Server
+
+BYTES_PER_TOKEN = 4
+"""How many bytes of a body are taken for one token before tokens are counted."""
+MAX_TEMPLATE_BYTES = 65_536
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def receive(request: web.Request, kind: type[Body]) -> tuple[Server, Body, int]:
+    """Reads and checks a request.
+
+    Returns:
+        The server, the body, and about how many tokens its prompt has.
+
+    Raises:
+        ApiError: The server does not serve, or the body is wrong.
+    """
+    server = request.app[SERVER]
+    server.check_ready()
+    raw = await read_body(
+        request, timeout=server.config.body_timeout, max_bytes=server.max_body_bytes
+    )
+    body = await parse_body(
+        raw, kind, server.executor, strict_fields=server.config.strict_fields
+    )
+    estimate = len(raw) // BYTES_PER_TOKEN + 1
+    return server, body, min(estimate, server.llm.max_model_len)
+
+
+def check_stream_options(body: CommonFields) -> None:
+    """Refuses options of streams where nothing is streamed, and the reverse.
+
+    Raises:
+        ApiError: Names the field.
+    """
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise bad_request(
+            "stream_options needs stream=true", "stream_options", "invalid_value"
+        )
+    if options is not None and options.include_obfuscation:
+        raise bad_request(
+            "stream_options.include_obfuscation is not supported",
+            "stream_options.include_obfuscation",
+            "unsupported_parameter",
+        )
+    if body.stream and body.prompt_logprobs is not None:
+        raise bad_request(
+            "prompt_logprobs cannot be streamed", "prompt_logprobs", "invalid_value"
+        )
+
+
+def cache_salt(request: web.Request, body: Any) -> str | None:
+    """Under which prompts share cached starts: the client's word and its key."""
+    salt = body.cache_salt
+    if request.app[SERVER].config.isolate_keys and KEY_HASH in request:
+        return f"{request[KEY_HASH]}:{salt or ''}"
+    return salt
+
+
+def make_job(prompt: Any, params: SamplingParams, n: int, priority: int | None) -> Job:
+    """One prompt with `n` outputs; greedy ones are equal and generated once."""
+    if not params.is_greedy and n > 1:
+        params = dataclasses.replace(params, n=n)
+    return Job(prompt, params, n, priority or 0)

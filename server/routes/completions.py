@@ -1,0 +1,207 @@
+"""POST /v1/completions."""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from aiohttp import web
+
+from server.answer import Envelope, json_response, usage
+from server.call import Call, open_call
+from server.completion_output import CompletionChoice, CompletionOptions
+from server.errors import FieldNames, bad_request
+from server.generation import Generation, Job, engine_errors
+from server.logprobs import TokenNames
+from server.protocol.completions import CompletionRequest
+from server.routes.common import (
+    cache_salt,
+    check_stream_options,
+    make_job,
+    receive,
+)
+from server.sampling import make_params, structured_outputs
+from server.sse import EventStream, event
+from server.state import Server, new_id
+
+DEFAULT_MAX_TOKENS = 16
+NAMES = FieldNames({"prompt_token_ids": "prompt"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked request.
+
+    Attributes:
+        jobs: Its prompts.
+        texts: Their texts, where they are echoed.
+        options: What the answer has to hold.
+    """
+
+    jobs: Sequence[Job]
+    texts: Sequence[str]
+    options: CompletionOptions
+
+
+async def create_completion(request: web.Request) -> web.StreamResponse:
+    """Completes one or more prompts."""
+    server, body, num_tokens = await receive(request, CompletionRequest)
+    model = server.check_model(body.model)
+    _check(body)
+    num_sequences = len(body.prompt) * (body.n or 1)
+    with open_call(request, server, num_sequences, num_tokens) as call:
+        call.max_tokens = _max_tokens(body)
+        plan = await _plan(request, server, body)
+        with contextlib.closing(Generation(server, call, plan.jobs, NAMES)) as running:
+            await running.open()
+            envelope = Envelope(
+                f"cmpl-{body.request_id}" if body.request_id else new_id("cmpl-"),
+                "text_completion",
+                model,
+                server.fingerprint,
+            )
+            answer = _Answer(envelope, call, running, plan)
+            if body.stream:
+                stream = EventStream(request, server.config)
+                await stream.send_all(answer.events(body))
+                return stream.response
+            return json_response(await answer.whole())
+
+
+class _Answer:
+    """Makes the answer to one request."""
+
+    def __init__(
+        self, envelope: Envelope, call: Call, running: Generation, plan: Plan
+    ) -> None:
+        self._envelope = envelope
+        self._call = call
+        self._running = running
+        self._options = plan.options
+        self._choices: list[CompletionChoice] = []
+        prompts = zip(plan.jobs, plan.texts, running.prompt_token_ids, strict=True)
+        for job, text, tokens in prompts:
+            for _ in range(job.num_outputs):
+                index = len(self._choices)
+                choice = CompletionChoice(index, plan.options, text, tokens)
+                self._choices.append(choice)
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        async with self._call.limit():
+            found = [
+                self._choices[piece.index].whole(piece)
+                async for piece in self._running.pieces()
+            ]
+        found.sort(key=lambda choice: choice["index"])
+        return self._envelope.wrap(found, usage=self._usage())
+
+    async def events(self, body: CompletionRequest) -> AsyncGenerator[bytes, None]:
+        """The answer in chunks."""
+        options = body.stream_options
+        counts = options is not None and bool(options.include_usage)
+        always = options is not None and bool(options.continuous_usage_stats)
+        more: dict[str, Any] = {"usage": None} if counts else {}
+        async for piece in self._running.pieces():
+            for choice in self._choices[piece.index].chunks(piece):
+                if always:
+                    more = {"usage": self._usage()}
+                yield event(self._envelope.wrap([choice], **more))
+        if counts:
+            yield event(self._envelope.wrap([], usage=self._usage()))
+
+    def _usage(self) -> dict[str, Any]:
+        generated = 0 if self._options.scores_only else None
+        return usage(self._call, generated)
+
+
+def _check(body: CompletionRequest) -> None:
+    check_stream_options(body)
+    n, best_of = body.n or 1, body.best_of
+    if best_of is not None and best_of > 1 and body.stream:
+        raise bad_request("best_of cannot be streamed", "best_of", "invalid_value")
+    if best_of not in (None, 1, n) or (best_of == 1 and n > 1):
+        raise bad_request(
+            f"best_of={best_of} must equal n={n}", "best_of", "invalid_value"
+        )
+
+
+def _max_tokens(body: CompletionRequest) -> int:
+    return DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+
+
+async def _plan(request: web.Request, server: Server, body: CompletionRequest) -> Plan:
+    llm, max_tokens = server.llm, _max_tokens(body)
+    with engine_errors(NAMES):
+        settings: dict[str, Any] = {}
+        if body.thinking_token_budget is not None:
+            settings["reasoning_parser"] = server.parsing.reasoning
+        if body.echo and body.logprobs is not None:
+            settings["prompt_logprobs"] = body.logprobs
+        params = make_params(
+            body,
+            llm.get_default_sampling_params(),
+            is_stream=bool(body.stream),
+            # The engine generates at least one token, which is then not shown.
+            max_tokens=max(max_tokens, 1),
+            logprobs=body.logprobs,
+            structured_outputs=structured_outputs(body),
+            **settings,
+        )
+        texts = await _texts(server, body)
+        prompts = [_prompt(request, body, prompt) for prompt in body.prompt]
+        if body.add_special_tokens is False:
+            prompts = [await _without_special(server, prompt) for prompt in prompts]
+    jobs = [make_job(p, params, body.n or 1, body.priority) for p in prompts]
+    options = CompletionOptions(
+        names=TokenNames(llm, as_ids=bool(body.return_tokens_as_token_ids)),
+        echo=bool(body.echo),
+        wants_logprobs=body.logprobs is not None,
+        wants_prompt_logprobs=body.prompt_logprobs is not None,
+        wants_token_ids=bool(body.return_token_ids),
+        scores_only=max_tokens == 0,
+    )
+    return Plan(jobs, texts, options)
+
+
+def _prompt(
+    request: web.Request, body: CompletionRequest, prompt: str | list[int]
+) -> dict[str, Any]:
+    key = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
+    salt = cache_salt(request, body)
+    return {key: prompt} if salt is None else {key: prompt, "cache_salt": salt}
+
+
+async def _without_special(server: Server, prompt: dict[str, Any]) -> dict[str, Any]:
+    if "prompt" not in prompt:
+        return prompt
+    tokens = await server.llm.tokenize(prompt["prompt"], add_special_tokens=False)
+    return prompt | {"prompt_token_ids": tokens}
+
+
+async def _texts(server: Server, body: CompletionRequest) -> list[str]:
+    """Texts of the prompts where they are echoed; tokens are put into words."""
+    if not body.echo:
+        return [""] * len(body.prompt)
+    for prompt in body.prompt:
+        bad = [] if isinstance(prompt, str) else _outside(server, prompt)
+        if bad:
+            raise bad_request(
+                f"prompt holds {bad[0]}, which is out of vocabulary",
+                "prompt",
+                "invalid_value",
+            )
+    return list(
+        await asyncio.gather(*(_text(server, prompt) for prompt in body.prompt))
+    )
+
+
+def _outside(server: Server, tokens: Sequence[int]) -> list[int]:
+    return [token for token in tokens if token >= server.llm.vocab_size]
+
+
+async def _text(server: Server, prompt: str | list[int]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return await server.llm.detokenize(prompt)

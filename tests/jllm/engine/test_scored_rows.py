@@ -1,0 +1,90 @@
+"""A prefill step scores the rows that sample, in the smallest of a few sizes."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from jllm.engine.inputs import pack
+from jllm.engine.steps import prefill_step
+from jllm.scheduler.plan import NO_DECODE_ROWS, ScheduledRow, StepPlan
+from tests.engines import request, run, shared_engine
+
+
+def test_the_program_has_a_branch_per_size():
+    engine = shared_engine()
+    layout, program = engine.programs.largest_prefill()
+    assert layout.scored_rows == engine._parts.options.sizes.rows
+    assert layout.scored_rows[0] == 1 < layout.num_rows
+    text = program.as_text()
+    assert len([line for line in text.splitlines() if " conditional(" in line]) == 1
+
+
+@pytest.mark.parametrize("num_sampling", [0, 1, 2, 8])
+def test_logits_past_the_scored_rows_are_not_computed(num_sampling):
+    engine = shared_engine()
+    parts = engine._parts
+    layout, program = parts.programs.largest_prefill()
+    fields = np.zeros(layout.shapes["fields"][1], np.int32)
+    rows = [
+        ScheduledRow(i, i, 0, 3, (5 + i, 6, 7), i < num_sampling, starts=True,
+                     new_blocks=(i,))
+        for i in range(8)
+    ]  # fmt: skip
+    plan = StepPlan(1, NO_DECODE_ROWS, tuple(rows), 24)
+    state = jax.tree.map(lambda leaf: leaf + 0, engine.state)
+    _, result = program(parts.weights, state, pack(plan, layout, lambda _: fields))
+    scored = min(n for n in layout.scored_rows if n >= num_sampling)
+    logits = np.asarray(result.logits)
+    assert np.abs(logits[:scored, :331]).max(axis=1).min() > 0
+    assert not logits[scored:].any()
+    assert np.asarray(result.packed)[:, 1].tolist() == [1] * 8
+
+
+def test_rows_that_do_not_sample_are_checked_too():
+    """A step that computes only a part of a prompt still sees that it went wrong."""
+    engine = shared_engine()
+    parts = engine._parts
+    layout, program = parts.programs.largest_prefill()
+    weights = dict(parts.weights)
+    embed = np.array(weights["embed"])
+    embed[9] = np.nan
+    weights["embed"] = jax.device_put(embed, parts.weights["embed"].sharding)
+    fields = np.zeros(layout.shapes["fields"][1], np.int32)
+    rows = [
+        ScheduledRow(i, i, 0, 1, (8 + i,), samples=False, starts=True, new_blocks=(i,))
+        for i in range(4)
+    ]
+    plan = StepPlan(1, NO_DECODE_ROWS, tuple(rows), 4)
+    state = jax.tree.map(lambda leaf: leaf + 0, engine.state)
+    _, result = program(weights, state, pack(plan, layout, lambda _: fields))
+    assert np.asarray(result.packed)[:4, 1].tolist() == [1, 0, 1, 1]
+
+
+def test_scores_cost_by_the_rows_that_sample():
+    """Flops of a step that always scores so many rows, by the compiler's count."""
+    engine = shared_engine()
+    parts = engine._parts
+    layout, _ = parts.programs.largest_prefill()
+
+    def flops(count):
+        own = dataclasses.replace(layout, scored_rows=(count,))
+        step = partial(prefill_step, parts.model, own, parts.options.draw_method)
+        vector = np.zeros(layout.size, np.int32)
+        compiled = jax.jit(step).lower(parts.weights, engine.state, vector).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(8) - flops(1) >= 7 * 2 * 56 * parts.model.padded_vocab_size
+
+
+def test_mixed_steps_give_the_tokens_of_plain_ones():
+    engine = shared_engine()
+    items = [
+        request(i, range(3, 20 + 11 * i), temperature=0, max_tokens=9) for i in range(7)
+    ]
+    together = run(engine, items)
+    for item in items:
+        alone = run(engine, [item])
+        assert alone == {(item.request_id, 0): together[item.request_id, 0]}
