@@ -124,7 +124,7 @@ def _chosen(
 
 def _schema(function: Mapping[str, Any]) -> Tag:
     """The schema of a function's arguments, which are an object."""
-    schema = dict(function.get("parameters") or {"properties": {}})
+    schema: Tag = dict(function.get("parameters") or {"properties": {}})
     schema.setdefault("type", "object")
     # Properties may also come from other keywords; then the object stays open.
     combined = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}

@@ -65,6 +65,7 @@ def test_kernels_that_fall_back_are_counted_and_logged(monkeypatch, caplog):
     monkeypatch.setattr(paged_api, "OPERATION", order)
     with caplog.at_level("WARNING"):
         engine = make_engine()
+        engine.wait_until_compiled()
         engine.add(request("one", range(3, 9), temperature=0, max_tokens=3))
         assert len(drain(engine)) > 0
     assert engine.metrics.kernel_fallbacks == 1
