@@ -164,10 +164,10 @@ def host_loop() -> str:
             [
                 row["rows"],
                 row["case"],
-                *(f"{row[phase]:.0f}" for phase in HOST_PHASES),
-                f"{row['step']:.0f}",
-                f"{row['goal']} ({row['stretch_goal']})",
-                *(f"{row[phase]:.0f}" for phase in reader),
+                *(f"{row[f'{phase}_us']:.0f}" for phase in HOST_PHASES),
+                f"{row['step_us']:.0f}",
+                f"{row['goal_us']} ({row['stretch_goal_us']})",
+                *(f"{row[f'{phase}_us']:.0f}" for phase in reader),
             ]
             for row in rows
         ],

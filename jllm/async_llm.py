@@ -21,7 +21,7 @@ from jllm.text.tokenizer import Tokenizer
 from jllm.types import RequestOutput, SamplingParams, TokenOutput
 
 LONG_TEXT = 2048
-"""Characters from which a prompt is encoded beside the event loop."""
+"""Characters or tokens from which a prompt is prepared beside the event loop."""
 
 
 class AsyncLLM:
@@ -295,7 +295,7 @@ class AsyncLLM:
             raise EngineStoppedError(str(self.dead_error or "it was shut down"))
         grammar = await self._processor.grammar(params)
         arguments = request_id, prompt, params, priority, grammar
-        if _num_characters(prompt) < LONG_TEXT:
+        if _length(prompt) < LONG_TEXT:
             return prepare(*arguments)
         return await self._encode(prepare, *arguments)
 
@@ -327,6 +327,8 @@ class AsyncLLM:
         return self._mailbox
 
 
-def _num_characters(prompt: Any) -> int:
-    text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
-    return len(text) if isinstance(text, str) else 0
+def _length(prompt: Any) -> int:
+    """Characters or tokens of a prompt, as far as it has a known form."""
+    if isinstance(prompt, dict):
+        prompt = prompt.get("prompt_token_ids") or prompt.get("prompt")
+    return len(prompt) if isinstance(prompt, (str, list, tuple)) else 0

@@ -26,6 +26,8 @@ logger = logging.getLogger("jllm.server")
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75.0
+LINGERING_SECONDS = 1.0
+"""How long what is left of a refused body is read, for its client to see the answer."""
 POLL_SECONDS = 0.25
 ANSWER_SECONDS = 5.0
 """How long a dead engine's clients get to be told."""
@@ -123,6 +125,7 @@ def make_runner(app: web.Application) -> web.AppRunner:
         handler_cancellation=True,
         auto_decompress=False,
         keepalive_timeout=KEEP_ALIVE_SECONDS,
+        lingering_time=LINGERING_SECONDS,
         access_log=None,
         shutdown_timeout=CLOSE_SECONDS,
     )

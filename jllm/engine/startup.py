@@ -140,28 +140,36 @@ class StartPlan:
         return None if folder is None else PoolSizes(folder / "pools" / name)
 
     def choose_blocks(
-        self, store: ExecutableStore | None, pools: PoolSizes | None
+        self, store: ExecutableStore | None, pools: PoolSizes | None, temporaries: int
     ) -> int:
         """Size of the pool: as asked for, else what will fit.
 
         A size that was compiled for before is preferred, unless it wastes much: what is
         free on a computer differs from start to start, and programs fit one pool only.
+        For the same reason a new size leaves a sixteenth of a computer's share unused.
         """
         if self.config.num_blocks is not None:
             return self.config.num_blocks
-        budget = self.budget(self.expected_temporaries())
+        budget = self.budget(temporaries)
         most = budget.require(1)
         known = (*(store.pools() if store else ()), *(pools.read() if pools else ()))
         known = [n for n in known if n <= most]
         if known and max(known) >= LEAST_SHARE_OF_POOL * most:
             return max(known)
-        return most
+        is_whole = most == budget.most_useful_blocks or self.platform != "cpu"
+        return most if is_whole else most - most // 16
 
-    def start(self) -> "Compiling":
-        """Starts to compile for the pool that will fit."""
+    def start(self, temporaries: int | None = None) -> "Compiling":
+        """Starts to compile for the pool that will fit.
+
+        Args:
+            temporaries: What the largest program needs; None where it is not known yet.
+        """
+        if temporaries is None:
+            temporaries = self.expected_temporaries()
         name = self.fingerprint()
         store, pools = self.store(name), self.pool_sizes(name)
-        num_blocks = self.choose_blocks(store, pools)
+        num_blocks = self.choose_blocks(store, pools, temporaries)
         if pools and self.config.num_blocks is None:
             pools.add(num_blocks)
         return self.compile(num_blocks, store)
@@ -174,7 +182,7 @@ class StartPlan:
         )
         programs = Programs(builder, options, store)
         programs.start()
-        return Compiling(options, programs, store)
+        return Compiling(options, programs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -184,12 +192,10 @@ class Compiling:
     Attributes:
         options: Their sizes.
         programs: The programs.
-        store: Where they are exported to, if anywhere.
     """
 
     options: ProgramOptions
     programs: Programs
-    store: ExecutableStore | None
 
 
 def programs_that_fit(plan: StartPlan, compiling: Compiling) -> Compiling:
@@ -203,8 +209,8 @@ def programs_that_fit(plan: StartPlan, compiling: Compiling) -> Compiling:
     budget = plan.budget(compiling.programs.temporary_bytes())
     if config.num_blocks is None and budget.require(1) < num_blocks:
         compiling.programs.close()
-        num_blocks = budget.num_blocks
-        compiling = plan.compile(num_blocks, compiling.store)
+        compiling = plan.start(budget.temporaries)
+        num_blocks = compiling.options.num_blocks
         compiling.programs.compile_first()
     block_size = plan.resolved.block_size
     logger.info(

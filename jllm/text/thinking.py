@@ -27,7 +27,8 @@ def make_thinking(
         None where nothing has to be done about it.
 
     Raises:
-        InvalidRequestError: There is no such parser.
+        InvalidRequestError: There is no such parser, or it cannot have a budget
+            together with structured output.
     """
     budget = params.thinking_token_budget
     budget = None if budget == -1 else budget
@@ -41,6 +42,12 @@ def make_thinking(
     if isinstance(form, Harmony) and has_grammar:
         # Behind its reasoning stands the head of the next message, no answer yet; a
         # grammar for this format describes messages.
+        if budget is not None:
+            raise InvalidRequestError(
+                f"thinking_token_budget={budget} cannot be had with structured output "
+                f"in the format {params.reasoning_parser}",
+                parameter="thinking_token_budget",
+            )
         return None
     is_open = form.opened_by(
         tokenizer.decode(prompt_token_ids[-_MAX_TAIL:], skip_special=False)

@@ -10,7 +10,9 @@ import sys
 
 import aiohttp
 import psutil
+import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 60
 REQUEST = {"model": "fake", "prompt": "hi", "max_tokens": 100}
