@@ -6,7 +6,8 @@
 #   make aot-kernels   compiles every kernel for H200 and three TPUs, and records it
 #   make fix       formats, and mends what ruff can mend
 #   make simulate  the scheduler simulator on 10,000 seeds
-#   make bench     the offline benchmark on the embedded model
+#   make bench-guard  compares the counts of compiled steps with the stored ones
+#   make bench     throughput on the embedded model
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
 CPU_TESTS := -m "not aot and not kernels" --ignore tests/parity --ignore tests/aot
 
-.PHONY: demo test test-kernels check lint parity aot aot-kernels fix simulate bench clean
+.PHONY: demo test test-kernels check lint parity aot aot-kernels fix simulate bench-guard bench clean
 .DEFAULT_GOAL := test
 
 # --- environment: a stamp per set of packages, older than pyproject.toml or not ---
@@ -61,7 +62,7 @@ test: $(VENV)/.installed-test
 test-kernels: $(VENV)/.installed-test
 	$(PYTEST) -m kernels --numprocesses $(WORKERS) $(PYTEST_ARGS) tests/pallas_kernels
 
-check: lint parity aot
+check: lint parity aot bench-guard
 	$(MAKE) test PYTEST_ARGS="--cov --cov-report=term $(PYTEST_ARGS)"
 
 lint: $(VENV)/.installed-dev
@@ -88,8 +89,11 @@ fix: $(VENV)/.installed-dev
 simulate: $(VENV)/.installed-test
 	$(PYTEST) tests/jllm/scheduler/test_simulator.py --simulator-seeds $(SEEDS)
 
+bench-guard: $(VENV)/.installed-aot
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.guard
+
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.offline
+	$(BIN)/jllm bench throughput
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis

@@ -28,8 +28,8 @@ from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from benchmarks.record import processor
 from benchmarks.story_grammar import make_conversation, make_story
+from jllm.bench.environment import processor
 from jllm.layers.batch import Batch
 from jllm.models.base import Model, ModelOptions, ParamSpec
 from jllm.models.registry import build_model
