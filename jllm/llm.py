@@ -276,8 +276,8 @@ class LLM:
         streams: list[RequestStream] = []
         try:
             for item in prepared:
-                self._engine.add(item.request)
                 stream = RequestStream(item, self._processor.tokenizer, kind)
+                self._engine.add(item.request)
                 self._open[stream.request_id] = stream
                 streams.append(stream)
             yield streams

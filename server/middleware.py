@@ -177,5 +177,6 @@ def _seconds(milliseconds: float | None) -> float | None:
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Signal of an answer that begins: names the request, forbids guessing types."""
     request[STARTED] = True
-    response.headers[REQUEST_ID_HEADER] = request[REQUEST_ID]
+    # An expectation that cannot be met is answered before any check gets to see it.
+    response.headers[REQUEST_ID_HEADER] = request.setdefault(REQUEST_ID, new_id("req_"))
     response.headers.setdefault("X-Content-Type-Options", "nosniff")

@@ -77,6 +77,8 @@ class EventStream:
         self._comments = loop.create_task(self._keep_alive())
         try:
             await self._send_events(events)
+            # A comment behind the last chunk would be taken for the next answer.
+            self._comments.cancel()
             await self._write(self._done, is_last=True)
         except (ConnectionError, SlowClientError) as error:
             slow = isinstance(error, SlowClientError)
@@ -114,11 +116,13 @@ class EventStream:
 
     async def _keep_alive(self) -> None:
         """Sends a comment whenever nothing else was sent for a while."""
-        while True:
-            self._has_written = False
-            await asyncio.sleep(self._config.keep_alive_interval)
-            if not self._has_written:
-                await self._response.write(COMMENT)
+        # That the client has left is told to the handler.
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self._has_written = False
+                await asyncio.sleep(self._config.keep_alive_interval)
+                if not self._has_written:
+                    await self._response.write(COMMENT)
 
 
 class SlowClientError(Exception):

@@ -11,6 +11,7 @@ count worse changes its table in the same commit, where a reviewer sees it.
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -19,6 +20,7 @@ import jax
 
 from benchmarks.guard import tables
 from benchmarks.guard.counts import program_counts
+from jllm.bench.environment import processor
 
 COMPILERS = {
     "cpu": ("jaxlib",),
@@ -52,10 +54,14 @@ def measure(kind: str) -> dict[str, dict[str, int]]:
 
 
 def versions(kind: str) -> dict[str, str | None]:
-    """The compilers that counts depend on."""
+    """The compilers that counts depend on, and for a CPU the machine."""
     names = ("jax", "jaxlib", *PACKAGES[kind])
     installed = {d.name: d.version for d in metadata.distributions()}
-    return {name: installed.get(name) for name in names}
+    found = {name: installed.get(name) for name in names}
+    if kind == "cpu":
+        # XLA compiles for the processor and the number of threads that it finds.
+        found["machine"] = f"{processor()}, {os.cpu_count()} cores"
+    return found
 
 
 def check(kind: str, found: tables.Counts, *, update: bool) -> bool:

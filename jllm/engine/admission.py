@@ -75,8 +75,10 @@ def validate(request: EngineRequest, limits: Limits) -> None:
     _check_ids("prompt_token_ids", prompt, limits.vocab_size)
     if len(prompt) >= limits.max_model_len:
         raise ContextTooLongError(
-            f"the prompt has {len(prompt)} tokens, but max_model_len="
-            f"{limits.max_model_len} must also hold at least one generated token",
+            # Clients know the error by OpenAI's words for it, which come first.
+            f"this model's maximum context length is {limits.max_model_len} tokens "
+            f"(max_model_len), and the prompt has {len(prompt)}; at least one token "
+            "must be left for the output",
             parameter="prompt",
         )
     for field in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):

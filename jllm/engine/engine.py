@@ -21,7 +21,7 @@ from jllm.engine.logprobs import (
     wants_sampler,
 )
 from jllm.engine.programs import ProgramOptions, Programs
-from jllm.engine.state import row_fields
+from jllm.engine.state import EngineState, row_fields
 from jllm.engine.steps import SamplerInput, StepResult
 from jllm.errors import InvalidRequestError
 from jllm.metrics import EngineMetrics, EngineStats
@@ -112,7 +112,7 @@ class Engine:
         """Makes an empty device state."""
         self._parts = parts
         self._scheduler = parts.scheduler
-        self._state = parts.programs.init_state()
+        self._state: EngineState | None = parts.programs.init_state()
         self._in_flight: InFlight | None = None
         self._open: dict[str, list[Request]] = {}
         self._next_id = 0
@@ -156,7 +156,7 @@ class Engine:
 
     @property
     def state(self) -> Any:
-        """The device state; valid until the next step, which donates it."""
+        """The device state, until the next step donates it; None once closed."""
         return self._state
 
     @property
@@ -202,6 +202,7 @@ class Engine:
         for sequence in self._open.get(request_id, ()):
             if sequence.index == index:
                 self._scheduler.abort_sequence(sequence)
+        self._forget_if_ended(request_id)
 
     def step(self) -> list[TokenOutput]:
         """Launches the next step and returns the tokens of the one before it."""
@@ -241,10 +242,11 @@ class Engine:
         return self._scheduler.reset_prefix_cache()
 
     def close(self) -> None:
-        """Drops the device state and ends background compilation."""
+        """Ends open requests and background compilation, drops the device state."""
+        for request_id in tuple(self._open):
+            self.abort(request_id)
         self._parts.programs.close()
-        self._in_flight = None
-        self._open.clear()
+        self._in_flight = self._state = None
 
     def _launch(self, plan: StepPlan) -> InFlight:
         """Packs and dispatches a step; returns before it is computed.
@@ -440,7 +442,9 @@ class Engine:
     def _forget_finished(self, updates: list[SequenceUpdate]) -> None:
         for update in updates:
             if update.finish_reason is not None:
-                request_id = update.request.request_id
-                sequences = self._open.get(request_id)
-                if sequences and all(s.finish_reason for s in sequences):
-                    del self._open[request_id]
+                self._forget_if_ended(update.request.request_id)
+
+    def _forget_if_ended(self, request_id: str) -> None:
+        sequences = self._open.get(request_id)
+        if sequences and all(sequence.finish_reason for sequence in sequences):
+            del self._open[request_id]

@@ -172,7 +172,13 @@ class ExecutableStore:
                 backend=self._devices[0].client,
                 execution_devices=self._devices,
             )
-        except (ValueError, KeyError, TypeError, jax.errors.JaxRuntimeError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            jax.errors.JaxRuntimeError,
+        ) as error:
             logger.warning("%s is not loaded, but compiled again: %s", path, error)
             return None
         found = frozenset(Fallback(**fallback) for fallback in facts["fallbacks"])

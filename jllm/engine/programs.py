@@ -319,8 +319,10 @@ class Programs:
         )
 
     def close(self) -> None:
-        """Drops what is not being compiled yet and waits for the rest."""
+        """Drops what is not being compiled yet, waits for the rest, frees the state."""
         self._background.close()
+        # Its pool must be gone before another one is made in its place.
+        self._empty = None
 
     @property
     def _table_rows(self) -> int:

@@ -17,7 +17,7 @@ class OpenRequest:
         self._on_first_token = on_first_token
         self._stream: RequestStream | None = None
         self._news = asyncio.Event()
-        self._error: EngineStoppedError | None = None
+        self._error: Exception | None = None
         self._is_aborted = False
 
     def open(self, stream: RequestStream) -> None:
@@ -33,7 +33,12 @@ class OpenRequest:
         if self._on_first_token is not None and output.token_ids:
             self._on_first_token()
             self._on_first_token = None
-        return self._stream.push(output)
+        try:
+            return self._stream.push(output)
+        # It belongs to the reader, who ends the request and would wait forever.
+        except Exception as error:  # noqa: BLE001
+            self._error = error
+            return False
 
     def fail(self, error: EngineStoppedError) -> None:
         """Takes the news that the engine has stopped."""
@@ -52,11 +57,14 @@ class OpenRequest:
 
         Raises:
             EngineStoppedError: They are that the engine has stopped.
+            Exception: Whatever its tokens could not be put into text for.
         """
         await self._news.wait()
         self._news.clear()
-        if self._error is not None:
+        if isinstance(self._error, EngineStoppedError):
             raise EngineStoppedError(str(self._error)) from self._error
+        if self._error is not None:
+            raise self._error
 
 
 class OutputStream:
@@ -125,12 +133,24 @@ class Mailbox:
             # Appended first, so that the drain that clears the flag sees the item.
             if not self._is_woken:
                 self._is_woken = True
-                self.event_loop.call_soon_threadsafe(self._drain)
+                try:
+                    self.event_loop.call_soon_threadsafe(self._drain)
+                except RuntimeError:
+                    # The loop is closed: whoever posts next has to hear of it too.
+                    self._is_woken = False
+                    self._items.clear()
+                    raise
 
         return post
 
     def _drain(self) -> None:
         self._is_woken = False
-        while self._items:
-            receive, item = self._items.popleft()
-            receive(item)
+        try:
+            while self._items:
+                receive, item = self._items.popleft()
+                receive(item)
+        finally:
+            # A reader that fails does not keep the others' items waiting.
+            if self._items and not self._is_woken:
+                self._is_woken = True
+                self.event_loop.call_soon(self._drain)

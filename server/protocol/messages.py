@@ -8,6 +8,22 @@ from pydantic_core import PydanticCustomError
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
+TEXT = {"type": "string"}
+PART_SCHEMA = {
+    "anyOf": [
+        TEXT,
+        {
+            "type": "object",
+            "required": ["text"],
+            "properties": {"type": {"enum": list(TEXT_PARTS[:-1])}, "text": TEXT},
+        },
+        {
+            "type": "object",
+            "required": ["type", "refusal"],
+            "properties": {"type": {"const": "refusal"}, "refusal": TEXT},
+        },
+    ]
+}
 MESSAGES_SCHEMA = {
     "type": "array",
     "minItems": 1,
@@ -18,24 +34,13 @@ MESSAGES_SCHEMA = {
             "role": {"type": "string", "enum": list(ROLES)},
             "content": {
                 "anyOf": [
-                    {"type": "string"},
-                    {
-                        "type": "array",
-                        "minItems": 1,
-                        "items": {
-                            "type": "object",
-                            "required": ["type", "text"],
-                            "properties": {
-                                "type": {"type": "string", "enum": ["text"]},
-                                "text": {"type": "string"},
-                            },
-                        },
-                    },
+                    TEXT,
+                    {"type": "array", "minItems": 1, "items": PART_SCHEMA},
                     {"type": "null"},
                 ]
             },
-            "name": {"type": "string"},
-            "tool_call_id": {"type": "string"},
+            "name": TEXT,
+            "tool_call_id": TEXT,
             "tool_calls": {"type": "array", "items": {"type": "object"}},
         },
     },

@@ -52,7 +52,8 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     num_sequences = len(body.prompt) * (body.n or 1)
     with open_call(request, server, num_sequences, num_tokens) as call:
         call.max_tokens = _max_tokens(body)
-        plan = await _plan(request, server, body)
+        async with call.limit():
+            plan = await _plan(request, server, body)
         with contextlib.closing(Generation(server, call, plan.jobs, NAMES)) as running:
             await running.open()
             envelope = Envelope(

@@ -7,6 +7,7 @@ import pytest
 
 from jllm.async_llm import AsyncLLM
 from jllm.errors import EngineStoppedError, InvalidRequestError
+from jllm.text.output import RequestStream
 from jllm.types import RequestOutputKind, SamplingParams
 from tests.fakes import BOS, FakeEngine
 
@@ -61,6 +62,29 @@ def test_many_requests_at_once(serve):
             assert [o.finished for o in outputs].count(True) == 1
             assert outputs[-1].finished
         assert llm.num_open == 0
+
+    serve(body, echo)
+
+
+def test_tokens_without_a_text_fail_their_reader_alone(serve, monkeypatch):
+    push = RequestStream.push
+
+    def fail_or_push(self, output):
+        if self.request_id == "bad":
+            raise ValueError("no text")
+        return push(self, output)
+
+    monkeypatch.setattr(RequestStream, "push", fail_or_push)
+
+    async def body(llm, engine):
+        bad = asyncio.create_task(collect(llm.generate("a", params(), "bad")))
+        good = await collect(llm.generate("abc", params(), "good"))
+        assert "".join(o.outputs[0].text for o in good) == "abc0"
+        with pytest.raises(ValueError, match="no text"):
+            await bad
+        await idle(llm, engine)
+        assert llm.num_open == 0
+        assert "bad" in engine.aborted
 
     serve(body, echo)
 

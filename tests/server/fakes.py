@@ -12,7 +12,7 @@ from jllm.async_llm import AsyncLLM
 from server.app import make_app
 from server.auth import load_keys
 from server.config import ServerConfig
-from server.serving import make_runner
+from server.serving import make_runner, make_tls
 from server.state import Server
 from tests.fakes import FakeEngine
 
@@ -87,12 +87,14 @@ async def running_server(monkeypatch, answer="hello world", *, engine=None, **op
     app = make_app(server, load_keys(config))
     runner = make_runner(app)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    tls = make_tls(config)
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     await site.start()
     port = runner.addresses[0][1]
     async with AsyncLLM("model") as llm, aiohttp.ClientSession() as session:
         server.set_ready(llm, "test")
-        running = Running(server, llm, engine, f"http://127.0.0.1:{port}", session)
+        url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+        running = Running(server, llm, engine, url, session)
         running.app = app
         try:
             yield running

@@ -321,6 +321,50 @@ def test_accepted_although_odd(serve):
     serve(body)
 
 
+def test_a_template_that_refuses_the_conversation(serve):
+    async def body(running):
+        talk = [USER, *[{"role": "assistant", "content": "a"}] * 2]
+        status, _, answer = await running.post(CHAT, chat(messages=talk))
+        assert status == 400
+        check_error(answer, "messages", None)
+        assert "roles must alternate" in answer["error"]["message"]
+        assert "Traceback" not in answer["error"]["message"]
+        await check_unharmed(running)
+
+    engine = FakeEngine()
+    template = (
+        "{% if messages[-1].role == 'assistant' %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}x"
+    )
+    folder = save_tokenizer(pathlib.Path(tempfile.mkdtemp()), template)
+    engine.info = ModelInfo(folder, {})
+    serve(body, engine=engine)
+
+
+def test_a_vocabulary_that_is_banned_leaves_finite_numbers(serve):
+    """Two tokens that no bias can reach, and none that is allowed but banned."""
+
+    async def body(running):
+        bans = (
+            {"logit_bias": dict.fromkeys(map(str, range(LLAMA["vocab_size"])), -100)},
+            {"logit_bias": {"7": -100}, "allowed_token_ids": [7]},
+        )
+        for fields in bans:
+            for temperature in (0, 1):
+                request = completion([1, 5, 9], max_tokens=4, logprobs=2)
+                status, _, answer = await running.post(
+                    COMPLETIONS, request | fields | {"temperature": temperature}
+                )
+                assert status == 200, answer
+                (choice,) = answer["choices"]
+                assert all(map(math.isfinite, choice["logprobs"]["token_logprobs"]))
+        await running.idle()
+
+    engine = shared_engine()
+    folder = pathlib.Path(tempfile.mkdtemp())
+    serve(body, engine=WithTokenizer(engine, save_tokenizer(folder)))
+
+
 def test_strict_fields(serve):
     async def body(running):
         status, _, answer = await running.post(CHAT, chat(unheard_of=1))

@@ -1,6 +1,9 @@
 """Streams as OpenAI sends them, and what they hold besides the text."""
 
+import asyncio
+
 import pytest
+from aiohttp import web
 
 from server.sse import event
 from tests.server.fakes import chat, completion
@@ -43,6 +46,31 @@ def test_chat_stream(serve):
         assert last["usage"] == whole["usage"]
 
     serve(body)
+
+
+def test_no_comment_follows_the_last_chunk(serve, monkeypatch):
+    """A slow reader would take it for the beginning of the next answer."""
+    write, write_eof = web.StreamResponse.write, web.StreamResponse.write_eof
+    ending, late = set(), []
+
+    async def slow_end(self, data=b""):
+        ending.add(id(self))
+        await asyncio.sleep(0.05)
+        await write_eof(self, data)
+
+    async def noted_write(self, data):
+        late.extend([data] if id(self) in ending else [])
+        await write(self, data)
+
+    monkeypatch.setattr(web.StreamResponse, "write", noted_write)
+    monkeypatch.setattr(web.StreamResponse, "write_eof", slow_end)
+
+    async def body(running):
+        assert (await running.stream(CHAT, chat()))[-1] == "[DONE]"
+        assert ending
+        assert late == []
+
+    serve(body, keep_alive_interval=0.01)
 
 
 def test_no_usage_unless_asked(serve):

@@ -120,8 +120,9 @@ def test_a_pool_that_has_executables_is_taken(tmp_path, monkeypatch):
         monkeypatch.setattr("jllm.engine.create.device_capacity", lambda _: size)
         known = {int(path.name) for path in tmp_path.glob("*/*")}
         engine = start(tmp_path, num_blocks=None, memory_utilization=0.9)
+        num_blocks = engine.state.kv[0].shape[0]
         engine.close()
-        return engine.state.kv[0].shape[0], known
+        return num_blocks, known
 
     first, _ = pool_with(7.5)
     second, known = pool_with(8.0)
