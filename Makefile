@@ -4,6 +4,7 @@
 #   make check     all that is asked of a change: style, types, import rules, tests
 #   make test-kernels  the full matrices of the kernels, in interpret mode
 #   make aot-kernels   compiles every kernel for H200 and three TPUs, and records it
+#   make test-clients  other people's clients: openai, litellm, langchain, curl, schemathesis
 #   make fix       formats, and mends what ruff can mend
 #   make simulate  the scheduler simulator on 10,000 seeds
 #   make bench-guard  compares the counts of compiled steps with the stored ones
@@ -11,6 +12,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CLIENTS ?= .venv-clients
 WORKERS ?= 2
 SEEDS ?= 10000
 PYTEST_ARGS ?=
@@ -20,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
 CPU_TESTS := -m "not aot and not kernels" --ignore tests/parity --ignore tests/aot
 
-.PHONY: demo test test-kernels check lint parity aot aot-kernels fix simulate bench-guard bench clean
+.PHONY: demo test test-kernels test-clients check lint parity aot aot-kernels fix simulate bench-guard bench clean
 .DEFAULT_GOAL := test
 
 # --- environment: a stamp per set of packages, older than pyproject.toml or not ---
@@ -51,6 +53,14 @@ $(VENV)/.installed-aot: $(VENV)/.installed-test
 	$(PIP) install --editable '.[test,aot]'
 	@touch $@
 
+# In steps, or the resolver tries versions of openai for minutes.
+$(CLIENTS)/.installed: tests/clients/requirements.txt $(VENV)/bin/python
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --quiet install openai litellm
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --quiet install \
+	  --requirement tests/clients/requirements.txt
+	@touch $@
+
 # --- what users and developers call -------------------------------------------
 
 demo: $(VENV)/.installed
@@ -61,6 +71,9 @@ test: $(VENV)/.installed-test
 
 test-kernels: $(VENV)/.installed-test
 	$(PYTEST) -m kernels --numprocesses $(WORKERS) $(PYTEST_ARGS) tests/pallas_kernels
+
+test-clients: $(VENV)/.installed $(CLIENTS)/.installed
+	$(BIN)/python -m tests.clients $(CLIENTS)/bin/python
 
 check: lint parity aot bench-guard
 	$(MAKE) test PYTEST_ARGS="--cov --cov-report=term $(PYTEST_ARGS)"
@@ -96,4 +109,4 @@ bench: $(VENV)/.installed
 	$(BIN)/jllm bench throughput
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis

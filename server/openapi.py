@@ -49,6 +49,14 @@ OPERATIONS: dict[tuple[str, str], Types] = {
 }
 """Method and path to the types of request and answer."""
 
+STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+}
+"""One event of a stream; its data is JSON, or [DONE] at the end."""
+
 
 def describe() -> dict[str, Any]:
     """Builds the description."""
@@ -88,10 +96,8 @@ def _operation(
     method: str, path: str, body: Any, answer: Any, references: dict[Any, Any]
 ) -> dict[str, Any]:
     responses = {"200": _content("the answer", answer)}
-    if method == "post":
-        responses["200"]["content"]["text/event-stream"] = {
-            "schema": {"type": "string"}
-        }
+    if path in STREAMED:
+        responses["200"]["content"]["text/event-stream"] = {"schema": EVENT}
     for status in ERRORS:
         responses[status] = _content("an error", references[ErrorResponse])
     operation: dict[str, Any] = {

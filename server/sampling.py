@@ -67,6 +67,12 @@ def structured_outputs(fields: CommonFields) -> StructuredOutputsParams | None:
     return one_constraint(*asked)
 
 
+def constraint_name(fields: CommonFields) -> str:
+    """The field that `structured_outputs` reads the form from."""
+    names = ("structured_outputs", "response_format", *GUIDED)
+    return next((name for name in names if getattr(fields, name) is not None), "tools")
+
+
 def one_constraint(
     *forms: Mapping[str, Any] | None,
 ) -> StructuredOutputsParams | None:

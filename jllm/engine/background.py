@@ -33,6 +33,14 @@ class BackgroundWork:
                 thread.start()
         return future
 
+    def hasten(self, future: Future[Any]) -> None:
+        """Moves a call that somebody waits for to the head of the queue."""
+        with self._lock:
+            waiting = [item for item in self._queue if item[0] is future]
+            for item in waiting:
+                self._queue.remove(item)
+                self._queue.appendleft(item)
+
     def close(self) -> None:
         """Drops the queue and waits for the calls that run."""
         with self._lock:

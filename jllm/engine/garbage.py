@@ -9,6 +9,8 @@ YOUNG_EVERY = 500
 millisecond."""
 FULL_EVERY = 10.0
 """Seconds between two full collections in idle moments."""
+FULL_AT_LATEST = 300.0
+"""Seconds after which a full collection is made though there is no idle moment."""
 
 
 class QuietGarbage:
@@ -17,8 +19,8 @@ class QuietGarbage:
     A collection that Python starts by itself looks through all objects of the process,
     which takes a tenth of a second, in the middle of a step. Here the collector is off.
     Every few hundred steps the young objects are looked through, while the device
-    computes; all of them only when there is nothing to do. The collector is the whole
-    process's: it is left as it was found.
+    computes; all of them when there is nothing to do, or after minutes without such a
+    moment. The collector is the whole process's: it is left as it was found.
 
     Args:
         freeze: Whether what is alive at the beginning is never looked through again.
@@ -55,7 +57,11 @@ class QuietGarbage:
         """To be called when a step has been launched and the last one's tokens read."""
         self._num_steps += 1
         if self._num_steps % YOUNG_EVERY == 0:
-            gc.collect(1)
+            now = time.monotonic()
+            is_late = now - self._last_full > FULL_AT_LATEST
+            if is_late:
+                self._last_full = now
+            gc.collect(2 if is_late else 1)
 
     def note_idle(self) -> None:
         """To be called when there is nothing to do."""

@@ -292,8 +292,10 @@ class Programs:
         return self._layout_and_program(*ready[0])
 
     def get(self, kind: str, size: int) -> Compiled:
-        """A program; waits until it is compiled."""
-        return self._submit((kind, size)).result()
+        """A program; waits until it is compiled, before all others that are not yet."""
+        future = self._submit((kind, size))
+        self._background.hasten(future)
+        return future.result()
 
     def largest_prefill(self) -> Any:
         """Layout and program of the largest prefill size."""

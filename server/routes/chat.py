@@ -23,7 +23,7 @@ from server.routes.common import (
     make_job,
     receive,
 )
-from server.sampling import make_params, structured_outputs
+from server.sampling import constraint_name, make_params, structured_outputs
 from server.sse import EventStream, event
 from server.state import Server, new_id
 
@@ -144,7 +144,7 @@ def _name(body: ChatCompletionRequest) -> str:
 
 def field_names(body: ChatCompletionRequest) -> FieldNames:
     """What the request calls the engine's parameters."""
-    names = dict(NAMES)
+    names = NAMES | {"structured_outputs": constraint_name(body)}
     if body.top_logprobs is not None:
         names["logprobs"] = "top_logprobs"
     if body.max_completion_tokens is not None:

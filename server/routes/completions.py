@@ -21,12 +21,11 @@ from server.routes.common import (
     make_job,
     receive,
 )
-from server.sampling import make_params, structured_outputs
+from server.sampling import constraint_name, make_params, structured_outputs
 from server.sse import EventStream, event
 from server.state import Server, new_id
 
 DEFAULT_MAX_TOKENS = 16
-NAMES = FieldNames({"prompt_token_ids": "prompt"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,7 +53,8 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         call.max_tokens = _max_tokens(body)
         async with call.limit():
             plan = await _plan(request, server, body)
-        with contextlib.closing(Generation(server, call, plan.jobs, NAMES)) as running:
+        running = Generation(server, call, plan.jobs, _field_names(body))
+        with contextlib.closing(running):
             await running.open()
             envelope = Envelope(
                 f"cmpl-{body.request_id}" if body.request_id else new_id("cmpl-"),
@@ -117,6 +117,12 @@ class _Answer:
         return usage(self._call, generated)
 
 
+def _field_names(body: CompletionRequest) -> FieldNames:
+    """What the request calls the engine's parameters."""
+    names = {"prompt_token_ids": "prompt", "structured_outputs": constraint_name(body)}
+    return FieldNames(names)
+
+
 def _check(body: CompletionRequest) -> None:
     check_stream_options(body)
     n, best_of = body.n or 1, body.best_of
@@ -134,7 +140,7 @@ def _max_tokens(body: CompletionRequest) -> int:
 
 async def _plan(request: web.Request, server: Server, body: CompletionRequest) -> Plan:
     llm, max_tokens = server.llm, _max_tokens(body)
-    with engine_errors(NAMES):
+    with engine_errors(_field_names(body)):
         settings: dict[str, Any] = {}
         if body.thinking_token_budget is not None:
             settings["reasoning_parser"] = server.parsing.reasoning

@@ -30,15 +30,13 @@ from server.state import SERVER, Server, new_id
 
 logger = logging.getLogger("jllm.server")
 
-NAMES = FieldNames(
-    {
-        "prompt": "input",
-        "prompt_token_ids": "input",
-        "messages": "input",
-        "max_tokens": "max_output_tokens",
-        "logprobs": "top_logprobs",
-    }
-)
+NAMES = {
+    "prompt": "input",
+    "prompt_token_ids": "input",
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
+}
 
 
 @dataclasses.dataclass(slots=True)
@@ -95,7 +93,7 @@ async def create_response(request: web.Request) -> web.StreamResponse:
         async with call.limit():
             job, writer = await _plan(task)
         call.max_tokens = body.max_output_tokens
-        running = Generation(server, call, [job], NAMES)
+        running = Generation(server, call, [job], _field_names(body))
         with contextlib.closing(running):
             await running.open()
             events = _events(task, call, running, writer)
@@ -171,7 +169,8 @@ async def _run_background(
     reserved: contextlib.ExitStack,
 ) -> None:
     job, writer = planned
-    response, running = writer.response, Generation(task.server, call, [job], NAMES)
+    response, names = writer.response, _field_names(task.body)
+    running = Generation(task.server, call, [job], names)
     with reserved, contextlib.closing(running):
         try:
             await running.open()
@@ -254,7 +253,7 @@ async def _plan(task: Task) -> tuple[Job, ResponseWriter]:
     system: list[dict[str, Any]] = []
     if body.instructions is not None:
         system.append({"role": "system", "content": body.instructions})
-    with engine_errors(NAMES):
+    with engine_errors(_field_names(body)):
         params = _params(server, body, tools, choice)
         prompt = await render(
             server,
@@ -274,6 +273,16 @@ async def _plan(task: Task) -> tuple[Job, ResponseWriter]:
     parser = server.parsing.make(tools, prompt.text or "")
     writer = ResponseWriter(_head(task, params), parser, options)
     return make_job(prompt, params, 1, body.priority), writer
+
+
+def _field_names(body: ResponsesRequest) -> FieldNames:
+    """What the request calls the engine's parameters."""
+    form = "tools"
+    if body.structured_outputs is not None:
+        form = "structured_outputs"
+    elif body.text is not None and body.text.format is not None:
+        form = "text.format"
+    return FieldNames(NAMES | {"structured_outputs": form})
 
 
 def _params(

@@ -14,6 +14,8 @@ import sys
 FOLDER = pathlib.Path(__file__).parent
 CLIENTS = ("with_openai", "with_litellm", "with_langchain", "with_curl", "with_schemas")
 SECONDS = 300
+LOCAL = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+"""Keeps litellm from asking the network for prices."""
 
 
 @contextlib.contextmanager
@@ -36,11 +38,11 @@ def running_server():
         else:
             raise SystemExit("".join(lines))
         # The log is read on, or the pipe fills up and the server waits for it.
-        with subprocess.Popen(
-            ["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL
-        ):
-            yield found[1]
-            server.terminate()
+        with subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL):
+            try:
+                yield found[1]
+            finally:
+                server.terminate()
     finally:
         server.kill()
         server.wait()
@@ -52,7 +54,10 @@ def main(python):
     with running_server() as url:
         for client in CLIENTS:
             code = subprocess.run(
-                [python, FOLDER / f"{client}.py", url], timeout=SECONDS, check=False
+                [python, FOLDER / f"{client}.py", url],
+                env=os.environ | LOCAL,
+                timeout=SECONDS,
+                check=False,
             ).returncode
             print(f"{client}: {'ok' if code == 0 else 'FAILED'}", flush=True)
             num_failed += code != 0

@@ -15,7 +15,11 @@ class Animal(pydantic.BaseModel):
 
 def main(url):
     model = ChatOpenAI(
-        model="jllm", base_url=f"{url}/v1", api_key="none", max_tokens=400, max_retries=0
+        model="jllm",
+        base_url=f"{url}/v1",
+        api_key="none",
+        max_tokens=400,
+        max_retries=0,
     )
     question = "Once upon a time"
     answer = model.invoke(question)

@@ -1,6 +1,7 @@
 """litellm: answers and streams, both APIs, and its mapping of our errors."""
 
 import asyncio
+import contextlib
 import sys
 
 import litellm
@@ -32,13 +33,10 @@ def main(url):
     plain = options | {"model": "text-completion-openai/jllm"}
     answer = litellm.text_completion(prompt="Once upon a time", **plain)
     assert answer.choices[0].text, answer
-    try:
-        litellm.completion(
-            messages=[{"role": "user", "content": "x" * 100_000}], **options
-        )
-    except litellm.BadRequestError as error:
-        assert isinstance(error, litellm.ContextWindowExceededError), error
-    else:
+    long = [{"role": "user", "content": "x" * 100_000}]
+    # litellm knows it by its words, and callers shorten the prompt on it.
+    with contextlib.suppress(litellm.ContextWindowExceededError):
+        litellm.completion(messages=long, **options)
         raise AssertionError("a prompt longer than the context was accepted")
 
 

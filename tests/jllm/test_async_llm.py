@@ -84,7 +84,6 @@ def test_tokens_without_a_text_fail_their_reader_alone(serve, monkeypatch):
             await bad
         await idle(llm, engine)
         assert llm.num_open == 0
-        assert "bad" in engine.aborted
 
     serve(body, echo)
 
@@ -194,7 +193,7 @@ def test_duplicate_id_is_refused(serve):
     [
         (5, None, "prompt"),
         ([9999], None, "vocabulary"),
-        ("x" * 3000, None, "3001 tokens"),
+        ("x" * 3000, None, "prompt has 3001"),
         ("a", "hot", "SamplingParams"),
     ],
 )

@@ -1,9 +1,13 @@
 """Wrong requests: each gets its status and error body, and harms nothing."""
 
 import json
+import math
 
 import pytest
 
+from jllm.engine.engine import ModelInfo
+from tests.engines import LLAMA, make_engine
+from tests.fakes import FakeEngine, save_tokenizer
 from tests.server.fakes import MODEL, chat, completion
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -321,7 +325,7 @@ def test_accepted_although_odd(serve):
     serve(body)
 
 
-def test_a_template_that_refuses_the_conversation(serve):
+def test_a_template_that_refuses_the_conversation(serve, tmp_path):
     async def body(running):
         talk = [USER, *[{"role": "assistant", "content": "a"}] * 2]
         status, _, answer = await running.post(CHAT, chat(messages=talk))
@@ -336,14 +340,12 @@ def test_a_template_that_refuses_the_conversation(serve):
         "{% if messages[-1].role == 'assistant' %}"
         "{{ raise_exception('roles must alternate') }}{% endif %}x"
     )
-    folder = save_tokenizer(pathlib.Path(tempfile.mkdtemp()), template)
-    engine.info = ModelInfo(folder, {})
+    engine.info = ModelInfo(save_tokenizer(tmp_path, template), {})
     serve(body, engine=engine)
 
 
-def test_a_vocabulary_that_is_banned_leaves_finite_numbers(serve):
-    """Two tokens that no bias can reach, and none that is allowed but banned."""
-
+@pytest.mark.slow
+def test_a_banned_vocabulary_leaves_finite_numbers(serve, monkeypatch, tmp_path):
     async def body(running):
         bans = (
             {"logit_bias": dict.fromkeys(map(str, range(LLAMA["vocab_size"])), -100)},
@@ -360,9 +362,11 @@ def test_a_vocabulary_that_is_banned_leaves_finite_numbers(serve):
                 assert all(map(math.isfinite, choice["logprobs"]["token_logprobs"]))
         await running.idle()
 
-    engine = shared_engine()
-    folder = pathlib.Path(tempfile.mkdtemp())
-    serve(body, engine=WithTokenizer(engine, save_tokenizer(folder)))
+    engine = make_engine()
+    # The folder of the checkpoint is shared with other tests, and has no tokenizer.
+    info = ModelInfo(save_tokenizer(tmp_path), {})
+    monkeypatch.setattr(type(engine), "info", info)
+    serve(body, engine=engine)
 
 
 def test_strict_fields(serve):
@@ -388,3 +392,28 @@ def test_default_model(serve):
         assert (status, answer["model"]) == (200, MODEL)
 
     serve(body, default_model=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
+        (CHAT, {"guided_regex": "("}, "guided_regex"),
+        (CHAT, {"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        (COMPLETIONS, {"guided_regex": "("}, "guided_regex"),
+        ("/v1/responses", {"text": {"format": {"type": "json_schema"}}}, "text.format"),
+    ],
+)
+def test_a_form_is_named_as_the_request_names_it(serve, path, fields, param):
+    async def body(running):
+        body = {**(completion() if path == COMPLETIONS else chat()), **fields}
+        if path == "/v1/responses":
+            body = {"model": MODEL, "input": "hi", **fields}
+            body["text"]["format"] |= {"name": "a", "schema": {"enum": []}}
+        if "response_format" in fields:
+            body["response_format"] |= {"json_schema": {"schema": {"enum": []}}}
+        status, _, answer = await running.post(path, body)
+        assert (status, answer["error"]["param"]) == (400, param)
+        await check_unharmed(running)
+
+    serve(body)

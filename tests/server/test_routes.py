@@ -204,6 +204,18 @@ def test_openapi_describes_the_routes(serve):
         request = completion(logprobs=1, echo=True)
         _, _, answer = await running.post("/v1/completions", request)
         jsonschema.validate(answer, schema)
+        schema = resolver | {"$ref": "#/components/schemas/ChatCompletionRequest"}
+        parts = ["a", {"type": "text", "text": "b"}, {"type": "refusal", "refusal": ""}]
+        jsonschema.validate(chat(parts), schema)
+        assert (await running.post(CHAT, chat(parts)))[0] == 200
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(chat([{"type": "image_url"}]), schema)
+        streamed = {
+            path
+            for path, methods in described["paths"].items()
+            if "text/event-stream" in str(methods)
+        }
+        assert streamed == {"/v1/completions", CHAT, "/v1/responses"}
         schema = resolver | {"$ref": "#/components/schemas/EngineState"}
         _, _, answer = await running.get("/engine/state")
         jsonschema.validate(answer, schema)

@@ -36,7 +36,10 @@ HOSTILE = {
         {
             "$ref": "#/$defs/d0",
             "$defs": {
-                f"d{i}": {"type": "array", "prefixItems": 2 * [{"$ref": f"#/$defs/d{j}"}]}
+                f"d{i}": {
+                    "type": "array",
+                    "prefixItems": 2 * [{"$ref": f"#/$defs/d{j}"}],
+                }
                 for i, j in enumerate([*range(1, 30), 29])
             },
         }

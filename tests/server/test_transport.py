@@ -193,7 +193,7 @@ def test_only_this_machine_is_connected_to(serve, connections):
         await running.get("/openapi.json")
         assert {host for host, *_ in connections} == {"127.0.0.1"}
         # The test would notice.
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="do not connect"):
             await asyncio.open_connection("192.0.2.1", 9)
         assert connections.pop() == ("192.0.2.1", 9)
 

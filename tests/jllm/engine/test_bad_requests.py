@@ -141,7 +141,7 @@ def test_kernels_of_another_device_are_refused(attention):
 
 
 def test_a_forced_kernel_that_cannot_run_the_model_is_named(monkeypatch):
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise NotImplementedError("head width 24 is odd")
 
     monkeypatch.setattr(blocked, "ragged_attention_blocked", refuse)

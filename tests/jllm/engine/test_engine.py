@@ -3,9 +3,11 @@
 import weakref
 
 import jax
+import jax.numpy as jnp
 
 from jllm.engine.executables import Executable
 from jllm.engine.programs import ProgramOptions, Programs, ProgramSizes
+from jllm.engine.state import EngineState, RowTable
 from tests.engines import make_engine, request, shared_engine
 
 
@@ -37,11 +39,11 @@ def test_a_closed_engine_has_nothing_to_do_and_no_state():
 class OneState:
     """Builds programs of which one makes a state that can be watched."""
 
-    class State:
-        pass
-
     def build(self, kind, size):
-        return Executable(self.State if kind == "init_state" else None, frozenset())
+        return Executable(self.make if kind == "init_state" else None, frozenset())
+
+    def make(self):
+        return EngineState((), jnp.zeros(1), jnp.zeros(1), RowTable(jnp.zeros(1)))
 
     def trees(self, kind):
         return (), ()

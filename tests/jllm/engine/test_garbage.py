@@ -53,6 +53,20 @@ def test_idle_moments_collect_all_but_rarely(monkeypatch):
         assert held() is None
 
 
+def test_without_idle_moments_old_objects_are_collected_all_the_same(monkeypatch):
+    monkeypatch.setattr(garbage, "YOUNG_EVERY", 1)
+    with QuietGarbage(freeze=False) as quiet:
+        cycle = Cycle()
+        gc.collect()  # now it is old
+        held = weakref.ref(cycle)
+        del cycle
+        quiet.note_step()
+        assert held() is not None
+        monkeypatch.setattr(garbage, "FULL_AT_LATEST", -1.0)
+        quiet.note_step()
+        assert held() is None
+
+
 def test_two_at_once_leave_it_on():
     first, second = QuietGarbage(freeze=False), QuietGarbage(freeze=False)
     first.__enter__()
