@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.common.cases import AttentionCase, make_problem, solve
 from pallas_kernels.common.kv_update import NewTokens
 from pallas_kernels.common.target import Target
-from pallas_kernels.ragged_attention import tpu
+from pallas_kernels.ragged_attention import tiles, tpu
 from pallas_kernels.ragged_attention.api import ragged_attention
 from pallas_kernels.ragged_attention.update import ragged_attention_update
 
@@ -84,16 +84,19 @@ def small_tiles(monkeypatch):
     """Tiles of 16 rows and chunks of two blocks: small cases have several."""
     keep = tpu._tile_sizes
 
+    def layout(q, kv, target):
+        tokens = max(1, 16 * kv.shape[2] // q.shape[1])
+        return tiles.TileLayout(tokens, with_padding=True)
+
     def sizes(q, cache, target):
         made = keep(q, cache, target)
-        tile_q = max(1, min(16 * cache.kv.shape[2] // q.shape[1], len(q)))
         return dataclasses.replace(
             made,
-            tile_q=tile_q,
-            small_q=2 if tile_q > 2 else 0,
+            small_q=2 if made.tile_q > 2 else 0,
             blocks_per_chunk=min(2, cache.block_tables.shape[1]),
         )
 
+    monkeypatch.setattr(tpu, "tile_layout", layout)
     monkeypatch.setattr(tpu, "_tile_sizes", sizes)
 
 
