@@ -25,9 +25,10 @@ def dropped_cycle():
 @pytest.fixture(autouse=True)
 def collector_is_on():
     assert gc.isenabled()
+    frozen = gc.get_freeze_count()  # some interpreters begin with a few
     yield
     assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() <= frozen
 
 
 def test_young_objects_are_collected_every_few_steps(monkeypatch):

@@ -55,6 +55,7 @@ def test_tensor_parallel_tokens_are_the_same(family, size):
     engine.close()
 
 
+@pytest.mark.slow
 def test_replicas_give_the_same_tokens(family):
     config, expected = family
     engine = make_engine(config, tensor_parallel_size=2, data_parallel_size=2)
