@@ -98,14 +98,21 @@ def test_every_kernel_of_a_gpu_is_known_to_its_assembler(lines_of):
     missing = [name_of(x) for x in with_kernel if not x["kernels"]]
     assert missing == [], "is ptxas on the PATH?"
     for operation in ("paged_attention", "ragged_attention", "flash_attention"):
-        own = [x for x in with_kernel if x["operation"] == operation]
+        # Mosaic tells the shared memory of some of its kernels only.
+        own = [
+            x
+            for x in with_kernel
+            if x["operation"] == operation and x["implementation"] == "gpu_triton"
+        ]
         assert all(max(k["shared_bytes"] for k in x["kernels"]) > 0 for x in own)
 
 
 def test_every_kernel_of_a_tpu_has_its_memory_counted(lines_of):
     with_kernel = [x for x in lines_of("tpu") if x.get("custom_calls")]
     assert with_kernel
-    assert [name_of(x) for x in with_kernel if not x["vmem_bytes"]] == []
+    # Blocks are copied within the main memory.
+    in_vmem = [x for x in with_kernel if x["operation"] != "copy_blocks"]
+    assert [name_of(x) for x in in_vmem if not x["vmem_bytes"]] == []
     paged = [x for x in with_kernel if x["operation"] == "paged_attention"]
     # Block tables at least.
     assert min(x["smem_bytes"] for x in paged) > 1024
