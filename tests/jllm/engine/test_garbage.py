@@ -24,11 +24,14 @@ def dropped_cycle():
 
 @pytest.fixture(autouse=True)
 def collector_is_on():
-    assert gc.isenabled()
-    frozen = gc.get_freeze_count()  # some interpreters begin with a few
+    # An engine that other tests share may have turned it off, and have frozen objects.
+    was_on, frozen = gc.isenabled(), gc.get_freeze_count()
+    gc.enable()
     yield
     assert gc.isenabled()
     assert gc.get_freeze_count() <= frozen
+    if not was_on:
+        gc.disable()
 
 
 def test_young_objects_are_collected_every_few_steps(monkeypatch):
