@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP server; its place, still empty."""
+"""The OpenAI-compatible HTTP server; `server/DESIGN.md` tells its parts."""
