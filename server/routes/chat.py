@@ -21,6 +21,7 @@ from server.routes.common import (
     cache_salt,
     check_stream_options,
     make_job,
+    parsed_output,
     receive,
 )
 from server.sampling import constraint_name, make_params, structured_outputs
@@ -247,27 +248,20 @@ def _params(
     tools: list[dict[str, Any]],
     choice: Any,
 ) -> SamplingParams:
-    form = structured_outputs(body)
-    required = server.parsing.constraint(
-        tools, choice, parallel=body.parallel_tool_calls is not False
+    settings = parsed_output(
+        server,
+        structured_outputs(body),
+        tools,
+        choice,
+        parallel=body.parallel_tool_calls is not False,
+        form_field="response_format",
     )
-    if form is not None and required is not None:
-        raise bad_request(
-            "a required tool call leaves no room for another form of the output",
-            "response_format",
-            "invalid_value",
-        )
-    settings: dict[str, Any] = {"reasoning_parser": server.parsing.reasoning}
-    if server.parsing.needs_special_tokens(tools):
-        # The parser reads them, and leaves the others out of the content.
-        settings["skip_special_tokens"] = False
     return make_params(
         body,
         server.llm.get_default_sampling_params(),
         is_stream=bool(body.stream),
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        structured_outputs=form or required,
         **settings,
     )
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel
 
-from jllm import SamplingParams
+from jllm import SamplingParams, StructuredOutputsParams
 from server.auth import KEY_HASH
 from server.body import parse_body, read_body
 from server.errors import bad_request
@@ -71,6 +71,45 @@ def cache_salt(request: web.Request, body: Any) -> str | None:
     if request.app[SERVER].config.isolate_keys and KEY_HASH in request:
         return f"{request[KEY_HASH]}:{salt or ''}"
     return salt
+
+
+def parsed_output(
+    server: Server,
+    form: StructuredOutputsParams | None,
+    tools: list[dict[str, Any]],
+    choice: Any,
+    *,
+    parallel: bool,
+    form_field: str,
+) -> dict[str, Any]:
+    """Sampling parameters of an output that is parsed for reasoning and tool calls.
+
+    Args:
+        server: Knows how the model writes both.
+        form: The form that the request asks for.
+        tools: Those that the model may call.
+        choice: Which of them it has to call.
+        parallel: Whether it may call several.
+        form_field: Where the request asks for the form.
+
+    Raises:
+        ApiError: A call is required, and another form asked for.
+    """
+    required = server.parsing.constraint(tools, choice, parallel=parallel)
+    if form is not None and required is not None:
+        raise bad_request(
+            "a required tool call leaves no room for another form of the output",
+            form_field,
+            "invalid_value",
+        )
+    settings: dict[str, Any] = {
+        "structured_outputs": form or required,
+        "reasoning_parser": server.parsing.reasoning,
+    }
+    if server.parsing.needs_special_tokens(tools):
+        # The parser reads them, and leaves the others out of the content.
+        settings["skip_special_tokens"] = False
+    return settings
 
 
 def make_job(prompt: Any, params: SamplingParams, n: int, priority: int | None) -> Job:

@@ -23,7 +23,7 @@ from server.protocol.messages import read_messages
 from server.protocol.responses import ResponsesRequest
 from server.responses_output import ResponseWriter, as_messages
 from server.routes.chat import render
-from server.routes.common import cache_salt, make_job, receive
+from server.routes.common import cache_salt, make_job, parsed_output, receive
 from server.sampling import format_constraint, make_params, one_constraint
 from server.sse import EventStream
 from server.state import SERVER, Server, new_id
@@ -291,26 +291,20 @@ def _params(
     asked = None
     if body.text is not None and body.text.format is not None:
         asked = format_constraint("text.format", body.text.format)
-    form = one_constraint(asked, body.structured_outputs)
-    required = server.parsing.constraint(
-        tools, choice, parallel=body.parallel_tool_calls is not False
+    settings = parsed_output(
+        server,
+        one_constraint(asked, body.structured_outputs),
+        tools,
+        choice,
+        parallel=body.parallel_tool_calls is not False,
+        form_field="text.format",
     )
-    if form is not None and required is not None:
-        raise bad_request(
-            "a required tool call leaves no room for another form of the output",
-            "text.format",
-            "invalid_value",
-        )
-    settings: dict[str, Any] = {"reasoning_parser": server.parsing.reasoning}
-    if server.parsing.needs_special_tokens(tools):
-        settings["skip_special_tokens"] = False
     return make_params(
         body,
         server.llm.get_default_sampling_params(),
         is_stream=bool(body.stream),
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if body.include else None,
-        structured_outputs=form or required,
         **settings,
     )
 
