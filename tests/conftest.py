@@ -1,5 +1,6 @@
 """Settings of every test session: devices, strictness, compilation cache, seeds."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 NUM_CPU_DEVICES = 8
+MAX_MEMORY_MAPS = 10_000
 PLATFORM_OF_MARKER = {"gpu": "cuda", "tpu": "tpu"}
 
 # Before the first use of a device. An accelerator is used only when it is asked for,
@@ -63,3 +65,17 @@ def shared_data():
 def simulator_seeds(request):
     """How many seeds the scheduler simulator runs."""
     return request.config.getoption("--simulator-seeds")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_memory_maps():
+    """Frees compiled programs before the process has too many maps of memory.
+
+    XLA's CPU backend maps each program; Linux ends a process beyond 65,530 maps, which
+    the whole suite reached.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MEMORY_MAPS:
+        jax.clear_caches()
+        gc.collect()
