@@ -178,11 +178,14 @@ def figures(pairs: list[tuple[float, float]], tokens: int) -> dict[str, Any]:
     """Medians of the turns' (products, engine) seconds."""
     products, engine = (statistics.median(side) for side in zip(*pairs, strict=True))
     shares = [one / other for one, other in pairs]
+    # What the machine can do when nothing disturbs either side.
+    least = [min(side) for side in zip(*pairs, strict=True)]
     return {
         "products_ms": round(products * 1e3, 2),
         "engine_ms": round(engine * 1e3, 2),
         "engine_tokens_per_second": round(tokens / engine, 1),
         "share_percent": round(100 * statistics.median(shares), 1),
+        "share_of_least_percent": round(100 * least[0] / least[1], 1),
         "spread": round(max(shares) / min(shares), 2),
         "turns": len(pairs),
     }

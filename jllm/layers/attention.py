@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped
 
@@ -24,6 +24,7 @@ from pallas_kernels import (
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.kv_write import HeadNorms, Heads, Rotation, rotate_and_widen
 from pallas_kernels.paged_attention import NewTokens
+from pallas_kernels.ragged_attention import TokenRuns
 from pallas_kernels.ragged_attention import tile_layout as ragged_tile_layout
 
 HEADS = PartitionSpec(None, "tensor", None)
@@ -45,7 +46,7 @@ class AttentionOptions:
     scale: float
     implementation: Implementation
     target: Target | None
-    mesh: Mesh | None
+    mesh: Mesh | AbstractMesh | None
 
     @property
     def write_implementation(self) -> Implementation:
@@ -161,10 +162,8 @@ def _write_and_attend(
             q,
             kv,
             tables,
-            batch.row_starts,
-            lengths,
+            TokenRuns(batch.row_starts, lengths, batch.tiles),
             scores,
-            tiles=batch.tiles,
             implementation=options.implementation,
             target=options.target,
         )

@@ -6,8 +6,10 @@ Source: RoFormer, arXiv:2104.09864.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -41,7 +43,30 @@ def rotation_of(
     """
     frequencies = jnp.asarray(inv_freq, jnp.float32)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jax.lax.platform_dependent(
+        angles,
+        cpu=partial(_rotation_in_a_branch, scaling),
+        default=partial(_rotation, scaling),
+    )
+
+
+def _rotation(scaling: float, angles: Float[Array, "T F"]) -> Rotation:
     return Rotation(jnp.cos(angles) * scaling, jnp.sin(angles) * scaling)
+
+
+def _rotation_in_a_branch(scaling: float, angles: Float[Array, "T F"]) -> Rotation:
+    """The same, once per step.
+
+    XLA's CPU backend joins sine and cosine with what uses them, and so would compute
+    them for every head of every layer; what is made in a branch it leaves there.
+    """
+
+    def mirrored(angles: Array) -> Rotation:
+        cos, sin = _rotation(scaling, -angles)
+        return Rotation(cos, -sin)
+
+    is_usual = angles[0, 0] >= 0
+    return jax.lax.cond(is_usual, partial(_rotation, scaling), mirrored, angles)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

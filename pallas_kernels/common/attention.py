@@ -1,5 +1,6 @@
 """Pieces of attention over a paged cache that both attention operations use."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,10 +22,10 @@ class Cache(NamedTuple):
 
 
 class QueryTile(NamedTuple):
-    """Queries of one sequence; those at position -1 see nothing."""
+    """Queries of one sequence, or of each of several; position -1 sees nothing."""
 
-    q: Float[Array, "Q H D"]
-    positions: Int[Array, " Q"]
+    q: Float[Array, "*R Q H D"]
+    positions: Int[Array, "*R Q"]
 
 
 class KeyTile(NamedTuple):
@@ -33,6 +34,23 @@ class KeyTile(NamedTuple):
     keys: Float[Array, "K N D"]
     values: Float[Array, "K N D"]
     positions: Int[Array, " N"]
+
+
+class Softmax(NamedTuple):
+    """An online softmax: largest score, sum of weights, weighted sum of values."""
+
+    maximum: Float[Array, "*R K Q G"]
+    total: Float[Array, "*R K Q G"]
+    weighted: Float[Array, "*R K Q G D"]
+
+
+def check_lengths(lengths: Array, block_tables: Array) -> None:
+    """Raises ValueError unless each table has one length."""
+    if lengths.shape != block_tables.shape[:1]:
+        raise ValueError(
+            f"lengths has shape {lengths.shape}, expected one for each of the "
+            f"{block_tables.shape[0]} block_tables"
+        )
 
 
 def check_attention_arguments(
@@ -77,20 +95,49 @@ def load_blocks(
     """
     kv, scales = cache
     _, _, num_kv_heads, block_size, head_dim = kv.shape
-    tile = kv.at[blocks].get(mode="clip")  # [C, 2, K, P, D]
-    if kv.dtype == jnp.uint16 and not narrow:
-        tile = jax.lax.bitcast_convert_type(tile, dtype)
-    tile = tile.transpose(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)
-    positions = first_position + jnp.arange(blocks.shape[0] * block_size)
-    used = (positions < limit)[:, None]
-    if narrow:  # As integers, which XLA's CPU backend need not widen to mask them.
-        tile = jnp.where(used, tile, jnp.uint16(0))
-        tile = jax.lax.bitcast_convert_type(tile, dtype)
-        return KeyTile(tile[0], tile[1], positions)
-    tile = jnp.where(used, tile.astype(jnp.float32), 0)
+    num_places = blocks.shape[0] * block_size
+    if kv.dtype in (jnp.uint16, jnp.float32):
+        parts = _gather_runs(kv, blocks, limit - first_position)
+    else:
+        tile = kv.at[blocks].get(mode="clip")  # [C, 2, K, P, D]
+        tile = tile.transpose(1, 2, 0, 3, 4)
+        tile = tile.reshape(2, num_kv_heads, num_places, head_dim)
+        used = (jnp.arange(num_places) < limit - first_position)[:, None]
+        tile = jnp.where(used, tile.astype(jnp.float32), 0)
+        parts = (tile[0], tile[1])
+    if kv.dtype == jnp.uint16:
+        parts = [jax.lax.bitcast_convert_type(part, dtype) for part in parts]
+    if not narrow:
+        parts = [part.astype(jnp.float32) for part in parts]
     if scales is not None:
-        tile = tile * scales.astype(jnp.float32)[:, :, None, None]
-    return KeyTile(tile[0], tile[1], positions)
+        factors = scales.astype(jnp.float32)[:, :, None, None]
+        parts = [part * factor for part, factor in zip(parts, factors, strict=True)]
+    return KeyTile(parts[0], parts[1], first_position + jnp.arange(num_places))
+
+
+def _gather_runs(
+    kv: Shaped[Array, "B 2 K P D"], blocks: Int[Array, " C"], num_used: Array | int
+) -> list[Shaped[Array, "K N D"]]:
+    """Keys and values of some blocks; places from `num_used` on are zero.
+
+    XLA's CPU backend gathers long runs fast, here all places of a head in a block, and
+    joins a gather with what follows where it has one user: hence one for the keys and
+    one for the values. Both are masked, since arithmetic makes XLA divide a gather
+    among the cores; as integers, which it need not widen.
+    """
+    num_blocks, _, num_kv_heads, block_size, head_dim = kv.shape
+    runs = kv.reshape(-1, block_size * head_dim)
+    blocks = jnp.clip(blocks, 0, num_blocks - 1)
+    keys_at = 2 * num_kv_heads * blocks[None, :] + jnp.arange(num_kv_heads)[:, None]
+    used = jnp.arange(blocks.shape[0] * block_size * head_dim) < num_used * head_dim
+    used = used[None, :]
+
+    def gather(places: Array) -> Array:
+        found = runs.at[places].get(mode="promise_in_bounds")
+        masked = jnp.where(used, found.reshape(num_kv_heads, -1), kv.dtype.type(0))
+        return masked.reshape(num_kv_heads, -1, head_dim)
+
+    return [gather(keys_at), gather(keys_at + num_kv_heads)]
 
 
 def attend_dense(
@@ -118,58 +165,43 @@ def attend_dense(
 def attend_blocked(
     queries: QueryTile,
     cache: Cache,
-    block_table: Int[Array, " M"],
-    length: Int[Array, ""],
+    block_tables: Int[Array, "R M"],
+    lengths: Int[Array, " R"],
     options: ScoreOptions,
     *,
     blocks_per_chunk: int,
-) -> Float[Array, "Q H D"]:
-    """Attends queries of one sequence to what they see, chunk by chunk of blocks.
+) -> Float[Array, "R Q H D"]:
+    """Attends queries of some sequences to what they see, chunk by chunk of blocks.
 
     Online softmax: the running maximum, sum and weighted values are rescaled when a
-    chunk raises the maximum. `block_table` must hold a whole number of chunks.
+    chunk raises the maximum. All sequences take as many chunks as the longest; their
+    tables must hold a whole number of chunks.
     Source: FlashAttention-2, arXiv:2307.08691 section 2.3.
+
+    Args:
+        queries: Those of all sequences, `[R, Q, H, D]` and `[R, Q]`.
+        cache: The pool.
+        block_tables: Blocks of each.
+        lengths: Their lengths, the queries' own tokens included.
+        options: How scores are made.
+        blocks_per_chunk: Blocks of each sequence in a turn.
     """
     q, positions = queries
     num_kv_heads, block_size = cache.kv.shape[2:4]
-    grouped = _grouped(q, cache)
+    group = q.shape[2] // num_kv_heads
     keys_per_chunk = blocks_per_chunk * block_size
-    # XLA's CPU backend multiplies bfloat16 as it is where there are two rows or more.
-    narrow = q.dtype == jnp.bfloat16 and cache.kv.dtype == jnp.uint16
-    narrow &= q.shape[0] * grouped.shape[2] > 1
 
-    def add_chunk(
-        chunk: Int[Array, ""], carry: tuple[Array, Array, Array]
-    ) -> tuple[Array, Array, Array]:
-        maximum, total, weighted = carry
+    def add_chunk(chunk: Int[Array, ""], carry: Softmax) -> Softmax:
         first = chunk * blocks_per_chunk
-        blocks = jax.lax.dynamic_slice_in_dim(block_table, first, blocks_per_chunk)
-        tile = load_blocks(
-            cache, blocks, first * block_size, length, q.dtype, narrow=narrow
-        )
-        visible = _visible(positions, tile.positions, options)
-        scores = _scores(grouped, positions, tile, visible, options)
-        new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
-        decay = jnp.exp(maximum - new_maximum)
-        weights = jnp.exp(scores - new_maximum[..., None])
-        weights = jnp.where(visible[None, :, None, :], weights, 0)
-        products = jnp.einsum(
-            "kqgn,knd->kqgd",
-            weights.astype(tile.values.dtype),
-            tile.values,
-            preferred_element_type=jnp.float32,
-        )
-        return (
-            new_maximum,
-            total * decay + weights.sum(axis=-1),
-            weighted * decay[..., None] + products,
-        )
+        blocks = jax.lax.dynamic_slice_in_dim(block_tables, first, blocks_per_chunk, 1)
+        add = partial(_add_keys, cache, options, first * block_size)
+        return jax.vmap(add)(queries, blocks, lengths, carry)
 
-    shape = (num_kv_heads, q.shape[0], grouped.shape[2])
-    sinks = jnp.broadcast_to(_sinks(options, jnp.zeros((*shape, 1))), shape)
-    start = (
-        sinks,
-        (sinks > MASKED).astype(jnp.float32),
+    shape = (q.shape[0], num_kv_heads, q.shape[1], group)
+    sinks = _sinks(options, jnp.zeros((*shape[1:], 1)))
+    start = Softmax(
+        jnp.broadcast_to(sinks, shape),
+        jnp.broadcast_to((sinks > MASKED).astype(jnp.float32), shape),
         jnp.zeros((*shape, q.shape[-1]), jnp.float32),
     )
     # Nothing before the oldest query's window, nothing after the newest query.
@@ -177,11 +209,46 @@ def attend_blocked(
     if options.window is not None:
         oldest = jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions).min()
         first_key = jnp.maximum(oldest - (options.window - 1), 0)
-    end_key = jnp.minimum(positions.max() + 1, length)
-    _, total, weighted = jax.lax.fori_loop(
+    end_key = jnp.minimum(positions.max(axis=1) + 1, lengths).max()
+    done = jax.lax.fori_loop(
         first_key // keys_per_chunk, -(-end_key // keys_per_chunk), add_chunk, start
     )
-    return _normalised(weighted, total, q)
+    return jax.vmap(_normalised)(done.weighted, done.total, q)
+
+
+def _add_keys(
+    cache: Cache,
+    options: ScoreOptions,
+    first_position: Int[Array, ""],
+    queries: QueryTile,
+    blocks: Int[Array, " C"],
+    length: Int[Array, ""],
+    so_far: Softmax,
+) -> Softmax:
+    """Adds the keys of some blocks of one sequence to its softmax."""
+    q, positions = queries
+    grouped = _grouped(q, cache)
+    # XLA's CPU backend multiplies bfloat16 as it is where there are two rows or more.
+    narrow = q.dtype == jnp.bfloat16 and cache.kv.dtype == jnp.uint16
+    narrow &= q.shape[0] * grouped.shape[2] > 1
+    tile = load_blocks(cache, blocks, first_position, length, q.dtype, narrow=narrow)
+    visible = _visible(positions, tile.positions, options)
+    scores = _scores(grouped, positions, tile, visible, options)
+    # Above the masked scores, so that their weights are zero without a second mask.
+    maximum = jnp.maximum(so_far.maximum, jnp.maximum(scores.max(axis=-1), MASKED / 2))
+    decay = jnp.exp(so_far.maximum - maximum)
+    weights = jnp.exp(scores - maximum[..., None])
+    products = jnp.einsum(
+        "kqgn,knd->kqgd",
+        weights.astype(tile.values.dtype),
+        tile.values,
+        preferred_element_type=jnp.float32,
+    )
+    return Softmax(
+        maximum,
+        so_far.total * decay + weights.sum(axis=-1),
+        so_far.weighted * decay[..., None] + products,
+    )
 
 
 def pad_tables(

@@ -60,15 +60,24 @@ def rows_of_tokens(row_starts: Int[Array, " R"], num_tokens: int) -> Int[Array, 
     return jnp.sum(tokens[:, None] >= row_starts[None, 1:], axis=1, dtype=jnp.int32)
 
 
+class ChunkedOrder(NamedTuple):
+    """Packed tokens that are padded to whole chunks, and the way back.
+
+    Attributes:
+        table: The chunks.
+        tokens: Token at each place of the padded order; their number where none is.
+        places: Place of each token there, past its end for padding.
+    """
+
+    table: ChunkTable
+    tokens: Int[Array, " N"]
+    places: Int[Array, " T"]
+
+
 def chunked_order(
     row_starts: Int[Array, " R"], num_tokens: int, size: int
-) -> tuple[ChunkTable, Int[Array, " N"], Int[Array, " T"]]:
-    """The table with the order of tokens that are padded to whole chunks, and back.
-
-    Returns:
-        The table; the token at each place of the padded order, `num_tokens` where
-        there is none; and the place of each token there, past its end for padding.
-    """
+) -> ChunkedOrder:
+    """Pads each sequence's tokens to whole chunks."""
     row_starts = jnp.asarray(row_starts)
     table = make_chunks(row_starts, num_tokens, size)
     num_rows = row_starts.shape[0] - 1
@@ -81,4 +90,4 @@ def chunked_order(
     places = jnp.where(
         rows < num_rows, table.offsets[row] * size + inside, tokens.size
     ).astype(jnp.int32)
-    return table, tokens.reshape(-1), places
+    return ChunkedOrder(table, tokens.reshape(-1), places)

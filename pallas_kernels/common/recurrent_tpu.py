@@ -1,11 +1,17 @@
 """Pieces of recurrent layers' kernels for TPUs: rows, layouts, products."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Int, Shaped
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int, Shaped
+
+from pallas_kernels.common.chunks import ChunkedOrder
+from pallas_kernels.common.target import Target
 
 LANES = 128
 MAX_BLOCK_WIDTH = 2048
@@ -66,6 +72,138 @@ def distinct_rows(rows: Int[Array, " T"], num_rows: int) -> tuple[Array, Array]:
     free = jnp.argsort(taken, stable=True).astype(rows.dtype)
     rank = jnp.cumsum(jnp.logical_not(is_live).astype(jnp.int32)) - 1
     return jnp.where(is_live, rows, free[jnp.maximum(rank, 0)]), is_live
+
+
+class Launch(NamedTuple):
+    """How a kernel that carries states is started.
+
+    Attributes:
+        name: Name of the kernel.
+        heads: Heads of a block of states.
+        cost: What it costs, for the compiler.
+        target: Device.
+    """
+
+    name: str
+    heads: int
+    cost: pl.CostEstimate
+    target: Target
+
+
+Operand = tuple[pl.BlockSpec, Array]
+"""An array that a kernel reads, and how it is cut into blocks."""
+
+
+def scan_chunks(
+    kernel: Callable[..., None],
+    launch: Launch,
+    order: ChunkedOrder,
+    values: Float[Array, "T H W"],
+    operands: Sequence[Operand],
+    state: Float[Array, "S H N M"],
+) -> tuple[Array, Array]:
+    """Walks all chunks of all sequences, for one block of heads after the other.
+
+    The state stays in the output's tile for as long as chunks are of one sequence.
+
+    Args:
+        kernel: Takes the table's rows, first chunks and numbers of tokens, then the
+            operands, states, outputs and final states.
+        launch: How it is started.
+        order: The tokens in whole chunks.
+        values: What the outputs are like.
+        operands: Cut by block of heads, chunk and the table.
+        state: State of each sequence.
+    """
+    table, tokens, places = order
+    _, num_heads, width = values.shape
+    chunk = tokens.size // table.rows.size
+    value_spec = pl.BlockSpec((chunk, launch.heads * width), lambda h, c, *_: (c, h))
+    state_spec = pl.BlockSpec(
+        (1, launch.heads, *state.shape[2:]), lambda h, c, rows, *_: (rows[c], h, 0, 0)
+    )
+    padded, final = pl.pallas_call(
+        kernel,
+        out_shape=(
+            jax.ShapeDtypeStruct((tokens.size, num_heads * width), values.dtype),
+            jax.ShapeDtypeStruct(state.shape, state.dtype),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(num_heads // launch.heads, table.rows.size),
+            in_specs=[*(spec for spec, _ in operands), state_spec],
+            out_specs=(value_spec, state_spec),
+        ),
+        # A sequence without chunks keeps its state.
+        input_output_aliases={3 + len(operands): 1},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary")
+        ),
+        cost_estimate=launch.cost,
+        interpret=launch.target.interpret,
+        name=launch.name,
+    )(
+        table.rows,
+        table.is_first,
+        table.num_tokens,
+        *(array for _, array in operands),
+        state,
+    )
+    out = padded.at[places].get(mode="fill", fill_value=0)
+    return out.reshape(values.shape), final
+
+
+def step_rows(
+    kernel: Callable[..., None],
+    launch: Launch,
+    rows: Int[Array, " T"],
+    width: int,
+    operands: Sequence[Operand],
+    state: Float[Array, "R H N M"],
+) -> tuple[Float[Array, "T B I W"], Array]:
+    """Carries each row's state once through fast memory, in place.
+
+    Args:
+        kernel: Takes the rows, the operands, states, outputs and new states.
+        launch: How it is started.
+        rows: Row of each token, all distinct and inside.
+        width: Columns of a head's output.
+        operands: Cut by token and block of heads.
+        state: State of each row.
+
+    Returns:
+        The outputs by blocks of heads, and the states.
+    """
+    num_tokens, num_blocks = rows.shape[0], state.shape[1] // launch.heads
+    state_spec = pl.BlockSpec(
+        (1, launch.heads, *state.shape[2:]), lambda t, h, rows: (rows[t], h, 0, 0)
+    )
+    by_block = (num_tokens, num_blocks, launch.heads, width)
+    return pl.pallas_call(
+        kernel,
+        out_shape=(
+            jax.ShapeDtypeStruct(by_block, jnp.float32),
+            jax.ShapeDtypeStruct(state.shape, state.dtype),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(num_tokens, num_blocks),
+            in_specs=[*(spec for spec, _ in operands), state_spec],
+            out_specs=(block_spec(launch.heads, width), state_spec),
+        ),
+        input_output_aliases={1 + len(operands): 1},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary")
+        ),
+        cost_estimate=launch.cost,
+        interpret=launch.target.interpret,
+        name=launch.name,
+    )(rows, *(array for _, array in operands), state)
+
+
+def block_spec(*sizes: int) -> pl.BlockSpec:
+    """What one token and block of heads has of an array `[T, blocks, *sizes]`."""
+    return pl.BlockSpec((1, 1, *sizes), lambda t, h, _: (t, h, 0, 0))
 
 
 def multiply(

@@ -1,11 +1,19 @@
 """Pieces of recurrent layers' kernels in Pallas on Triton: rows, loads, products."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
+from jaxtyping import Float, Int
+
+from pallas_kernels.common.chunks import with_padding_row
+from pallas_kernels.common.target import Target
+from pallas_kernels.common.tuning import Sizes
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 MIN_WIDTH = 16
@@ -23,9 +31,89 @@ def check_widths(dtype: Any, **widths: int) -> None:
             )
 
 
-def split_width(width: int, wanted: int) -> int:
-    """Columns of a state that one program holds."""
-    return max(MIN_WIDTH, min(width, wanted))
+class Launch(NamedTuple):
+    """How a kernel that carries states is started.
+
+    Attributes:
+        name: Name of the kernel.
+        sizes: "columns" of the output that a program computes at most, "num_warps"
+            and "num_stages".
+        target: Device.
+    """
+
+    name: str
+    sizes: Sizes
+    target: Target
+
+
+def scan_rows(
+    kernel: Callable[..., None],
+    launch: Launch,
+    values: Float[Array, "T H W"],
+    row_starts: Int[Array, " R"],
+    arrays: tuple[Array, ...],
+) -> tuple[Array, Array]:
+    """One program per sequence, head and part of the outputs' width.
+
+    One more sequence owns the padding and writes its zeros.
+
+    Args:
+        kernel: Takes the row starts, the arrays, outputs and final states, and
+            `columns` by name.
+        launch: How it is started.
+        values: What the outputs are like.
+        row_starts: First token of each sequence, then their number.
+        arrays: What the kernel reads, the states last.
+    """
+    starts = with_padding_row(row_starts, values.shape[0])
+    return _launch(kernel, launch, values, starts.shape[0] - 1, (starts, *arrays))
+
+
+def step_rows(
+    kernel: Callable[..., None],
+    launch: Launch,
+    values: Float[Array, "T H W"],
+    rows: Int[Array, " T"],
+    arrays: tuple[Array, ...],
+) -> tuple[Array, Array]:
+    """One program per token, head and part of the width; the states in place.
+
+    Args:
+        kernel: Takes the rows, the arrays, outputs and states, and `columns` by name.
+        launch: How it is started.
+        values: What the outputs are like.
+        rows: Row of each token.
+        arrays: What the kernel reads, the states last.
+    """
+    aliases = {len(arrays): 1}
+    return _launch(
+        kernel, launch, values, values.shape[0], (rows, *arrays), aliases=aliases
+    )
+
+
+def _launch(
+    kernel: Callable[..., None],
+    launch: Launch,
+    values: Array,
+    num_programs: int,
+    arrays: tuple[Array, ...],
+    *,
+    aliases: dict[int, int] | None = None,
+) -> tuple[Array, Array]:
+    _, num_heads, width = values.shape
+    columns = max(MIN_WIDTH, min(width, launch.sizes["columns"]))
+    outputs = (values, arrays[-1])
+    return pl.pallas_call(
+        partial(kernel, columns=columns),
+        out_shape=tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outputs),
+        grid=(num_programs, num_heads, width // columns),
+        input_output_aliases=aliases or {},
+        compiler_params=pltriton.CompilerParams(
+            num_warps=launch.sizes["num_warps"], num_stages=launch.sizes["num_stages"]
+        ),
+        interpret=launch.target.interpret,
+        name=launch.name,
+    )(*arrays)
 
 
 def token_place(tokens: Array, head: Array, columns: Array) -> tuple[Array, ...]:

@@ -29,6 +29,7 @@ from pallas_kernels.flash_attention.rules import (
     MASKED,
     NOTHING_SEEN,
     Arrays,
+    Inputs,
     Rules,
     live_ranges,
     make_rules,
@@ -105,19 +106,6 @@ class _Call:
     interpret: bool
 
 
-class _Inputs(NamedTuple):
-    """Arrays or references in global memory; None where there are none."""
-
-    ranges: Any
-    q: Any
-    k: Any
-    v: Any
-    sinks: Any
-    slopes: Any
-    q_segments: Any
-    kv_segments: Any
-
-
 class _Ring(NamedTuple):
     """What the warpgroups of a block share."""
 
@@ -179,25 +167,24 @@ def _forward(arrays: Arrays, rules: Rules, *, target: Target) -> tuple[Array, Ar
         interpret=bool(target.interpret),
         **sizes,
     )
-    q_ids, kv_ids = arrays.q_segments, arrays.kv_segments
-    sinks, slopes = arrays.sinks, arrays.slopes
-    inputs = _Inputs(
-        ranges,
+    planes = (
         _pad(arrays.q, TILE_Q),
         _pad(arrays.k, call.tile_k),
         _pad(arrays.v, call.tile_k),
-        None if sinks is None else sinks.astype(jnp.float32),
-        None if slopes is None else slopes.astype(jnp.float32),
-        None if q_ids is None else _pad(q_ids, TILE_Q),
-        None if kv_ids is None else _pad(kv_ids, call.tile_k),
+    )
+    inputs = Inputs.of(
+        arrays,
+        planes,
+        lambda ids: _pad(ids, TILE_Q),
+        lambda ids: _pad(ids, call.tile_k),
     )
     padded = inputs.q.shape[1]
-    leaves, tree = jax.tree.flatten(inputs)
+    leaves, tree = jax.tree.flatten((ranges, inputs))
 
     def flash_attention_forward(*refs: Any) -> None:
         *given, out_ref, lse_ref = refs[: len(leaves) + 2]
         ring = _Ring(*refs[len(leaves) + 2 :])
-        _kernel(jax.tree.unflatten(tree, given), out_ref, lse_ref, ring, call)
+        _kernel(*jax.tree.unflatten(tree, given), (out_ref, lse_ref), ring, call)
 
     out, lse = plgpu.kernel(
         flash_attention_forward,
@@ -256,12 +243,12 @@ class _Work(NamedTuple):
 
 
 def _kernel(
-    inputs: _Inputs, out_ref: Any, lse_ref: Any, ring: _Ring, call: _Call
+    live: Any, inputs: Inputs, outputs: tuple[Any, Any], ring: _Ring, call: _Call
 ) -> None:
     sequence, index = lax.axis_index("sequence"), lax.axis_index("tile")
     # Causal tiles have the longest work first.
     tile = call.num_tiles - 1 - index if call.rules.causal else index
-    table = inputs.ranges.at[sequence if call.per_sequence else 0, tile]
+    table = live.at[sequence if call.per_sequence else 0, tile]
     ranges = (table[0], table[1], table[2], table[3])
     work = _Work(sequence, lax.axis_index("head"), tile * TILE_Q, ranges)
     warpgroup = lax.axis_index("warpgroup")
@@ -274,10 +261,10 @@ def _kernel(
     @pl.when(warpgroup < NUM_COMPUTE)
     def _compute() -> None:
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        _attend(inputs, (out_ref, lse_ref), ring, work, call)
+        _attend(inputs, outputs, ring, work, call)
 
 
-def _copy_keys(inputs: _Inputs, ring: _Ring, work: _Work, call: _Call) -> None:
+def _copy_keys(inputs: Inputs, ring: _Ring, work: _Work, call: _Call) -> None:
     """Fills the ring with keys and values as its tiles become free."""
     kv_head = lax.div(work.head, jnp.int32(call.group))
 
@@ -316,7 +303,7 @@ def _spread(values: Array, shape: tuple[int, ...], axis: int) -> Array:
 
 
 def _attend(
-    inputs: _Inputs, outputs: tuple[Any, Any], ring: _Ring, work: _Work, call: _Call
+    inputs: Inputs, outputs: tuple[Any, Any], ring: _Ring, work: _Work, call: _Call
 ) -> None:
     warpgroup = lax.axis_index("warpgroup")
     first_row = work.first_row + warpgroup * ROWS
@@ -365,7 +352,7 @@ class _State(NamedTuple):
     total: Float[Array, " 64"]
 
 
-def _empty(inputs: _Inputs, work: _Work, call: _Call) -> _State:
+def _empty(inputs: Inputs, work: _Work, call: _Call) -> _State:
     """The state before the first key: nothing, or the sink."""
     weighted = jnp.zeros((ROWS, call.head_dim), jnp.float32)
     if inputs.sinks is None:
@@ -384,7 +371,7 @@ def _swap(ring: _Ring) -> None:
 def _add_tile(
     number: Array,
     state: _State,
-    inputs: _Inputs,
+    inputs: Inputs,
     ring: _Ring,
     work: _Work,
     call: _Call,
@@ -457,7 +444,7 @@ def _ids(ref: Any, work: _Work, first: Any, count: int, call: _Call) -> Array:
 
 def _scores(
     products: Array,
-    inputs: _Inputs,
+    inputs: Inputs,
     work: _Work,
     place: tuple[Any, Any],
     call: _Call,

@@ -41,6 +41,47 @@ class Arrays(NamedTuple):
     kv_segments: Int[Array, "N S"] | None
 
 
+class Inputs(NamedTuple):
+    """The same as a kernel has them: padded, as specifications or as references.
+
+    None for those that there are not.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    sinks: Any
+    slopes: Any
+    q_segments: Any
+    kv_segments: Any
+
+    @classmethod
+    def of(
+        cls,
+        arrays: Arrays,
+        planes: tuple[Array, Array, Array],
+        q_ids: Callable[[Array], Array],
+        kv_ids: Callable[[Array], Array],
+    ) -> "Inputs":
+        """Those of an operation.
+
+        Args:
+            arrays: As the caller gave them.
+            planes: Queries, keys and values, prepared.
+            q_ids: Prepares segment ids of queries.
+            kv_ids: Prepares those of keys.
+        """
+        q_segments, kv_segments = arrays.q_segments, arrays.kv_segments
+        sinks, slopes = arrays.sinks, arrays.slopes
+        return cls(
+            *planes,
+            None if sinks is None else sinks.astype(jnp.float32),
+            None if slopes is None else slopes.astype(jnp.float32),
+            None if q_segments is None else q_ids(q_segments),
+            None if kv_segments is None else kv_ids(kv_segments),
+        )
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rules:
     """What is known of scores and visibility before any array is.

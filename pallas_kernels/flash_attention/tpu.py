@@ -30,6 +30,7 @@ from pallas_kernels.flash_attention.rules import (
     PARTIAL,
     ROW_SHIFT,
     Arrays,
+    Inputs,
     Rules,
     live_pairs,
     make_rules,
@@ -104,18 +105,6 @@ class _Call:
         return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
 
 
-class _Inputs(NamedTuple):
-    """Padded arrays, their specifications or references."""
-
-    q: Any
-    k: Any
-    v: Any
-    sinks: Any
-    slopes: Any
-    q_segments: Any
-    kv_segments: Any
-
-
 def _make_call(arrays: Arrays, rules: Rules, target: Target, kernel: str) -> _Call:
     _, num_queries, num_heads, head_dim = arrays.q.shape
     default = {"tile_q": 512, "tile_k": 512}
@@ -150,17 +139,17 @@ def _flat(x: Float[Array, "N T H D"], tile: int) -> Array:
     return padded.reshape(*padded.shape[:2], -1)
 
 
-def _inputs(arrays: Arrays, call: _Call) -> _Inputs:
-    q_ids, kv_ids = arrays.q_segments, arrays.kv_segments
-    sinks, slopes = arrays.sinks, arrays.slopes
-    return _Inputs(
+def _inputs(arrays: Arrays, call: _Call) -> Inputs:
+    planes = (
         _flat(arrays.q, call.tile_q),
         _flat(arrays.k, call.tile_k),
         _flat(arrays.v, call.tile_k),
-        None if sinks is None else sinks.astype(jnp.float32),
-        None if slopes is None else slopes.astype(jnp.float32),
-        None if q_ids is None else _pad(q_ids, 1, call.tile_q)[:, None, :],
-        None if kv_ids is None else _pad(kv_ids, 1, call.tile_k)[:, :, None],
+    )
+    return Inputs.of(
+        arrays,
+        planes,
+        lambda ids: _pad(ids, 1, call.tile_q)[:, None, :],
+        lambda ids: _pad(ids, 1, call.tile_k)[:, :, None],
     )
 
 
@@ -179,10 +168,10 @@ class _Places(NamedTuple):
     head: Callable[..., Any]
     kv_head: Callable[..., Any]
 
-    def specs(self, call: _Call, inputs: _Inputs) -> _Inputs:
+    def specs(self, call: _Call, inputs: Inputs) -> Inputs:
         """Specifications of the inputs."""
         scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-        specs = _Inputs(
+        specs = Inputs(
             self.q_plane(call),
             self.k_plane(call),
             self.k_plane(call),
@@ -192,7 +181,7 @@ class _Places(NamedTuple):
             pl.BlockSpec((None, call.tile_k, 1), self._column_of_batch),
         )
         pairs = zip(inputs, specs, strict=True)
-        return _Inputs(*(None if x is None else spec for x, spec in pairs))
+        return Inputs(*(None if x is None else spec for x, spec in pairs))
 
     def _row_of_batch(self, *ids: Any) -> tuple[Any, ...]:
         n, i = self.row(*ids)
@@ -269,7 +258,7 @@ class _Tile(NamedTuple):
 
 
 def _scores(
-    call: _Call, inputs: _Inputs, place: tuple[Any, Any, Any], *, partial: bool
+    call: _Call, inputs: Inputs, place: tuple[Any, Any, Any], *, partial: bool
 ) -> _Tile:
     """Scores of a tile of keys against a tile of queries."""
     i, j, head = place
@@ -383,7 +372,7 @@ def _like(flat: Array, wanted: Float[Array, "N T H D"]) -> Array:
 
 def _forward_kernel(
     list_ref: Any,
-    inputs: _Inputs,
+    inputs: Inputs,
     out_ref: Any,
     lse_ref: Any,
     *scratch: Any,
@@ -449,7 +438,7 @@ def _saved_specs(places: _Places, call: _Call) -> Saved:
 
 def _gradient_tile(
     call: _Call,
-    inputs: _Inputs,
+    inputs: Inputs,
     saved: Saved,
     place: tuple[Any, Any, Any],
     *,
@@ -506,7 +495,7 @@ def _backward_queries(
 
 def _dq_kernel(
     list_ref: Any,
-    inputs: _Inputs,
+    inputs: Inputs,
     saved: Saved,
     dq_ref: Any,
     d_slopes_ref: Any,
@@ -578,7 +567,7 @@ def _backward_keys(arrays: Arrays, call: _Call, saved: Saved) -> tuple[Array, Ar
 
 def _dkv_kernel(
     list_ref: Any,
-    inputs: _Inputs,
+    inputs: Inputs,
     saved: Saved,
     dk_ref: Any,
     dv_ref: Any,

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.common.dispatch import Implementation, Operation
+from pallas_kernels.common.recurrent import check_row_starts, check_rows, check_state
 from pallas_kernels.common.target import Target
 
 RULE = Operation("gated_delta_rule", "gated_delta_rule")
@@ -75,10 +76,7 @@ def gated_delta_rule(
     the WY representation is that of DeltaNet, arXiv:2406.06484.
     """
     _check(inputs, state)
-    if state.shape[0] != row_starts.shape[0] - 1:
-        raise ValueError(
-            f"state has {state.shape[0]} rows, row_starts {row_starts.shape[0] - 1}"
-        )
+    check_row_starts(row_starts, state)
     arguments = _prepared(inputs, scale, normalise=normalise)
     return RULE.run(implementation, target, *arguments, state, row_starts)
 
@@ -114,8 +112,7 @@ def gated_delta_step(
         NotImplementedError: A forced implementation cannot do this.
     """
     _check(inputs, state)
-    if rows.shape != inputs.v.shape[:1]:
-        raise ValueError(f"rows {rows.shape}, but v has {inputs.v.shape[0]} tokens")
+    check_rows(rows, inputs.v.shape[0])
     arguments = _prepared(inputs, scale, normalise=normalise)
     return STEP.run(implementation, target, *arguments, state, rows)
 
@@ -155,9 +152,4 @@ def _check(inputs: DeltaInputs, state: Array) -> None:
     for name, gate in (("g", g), ("beta", beta)):
         if gate.shape != (tokens, heads):
             raise ValueError(f"{name} has shape {gate.shape}, not {(tokens, heads)}")
-    expected = (heads, q.shape[2], width)
-    if state.ndim != 4 or state.shape[1:] != expected or state.dtype != jnp.float32:
-        raise ValueError(
-            f"state is {state.dtype}{state.shape}, expected float32 [S, {heads}, "
-            f"{q.shape[2]}, {width}]"
-        )
+    check_state(state, (heads, q.shape[2], width))

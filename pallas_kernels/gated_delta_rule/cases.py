@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.common.cases import KernelCase, numpy_dtype
+from pallas_kernels.common.recurrent_cases import (
+    Shapes,
+    row_starts,
+    scan_case,
+    step_case,
+)
 from pallas_kernels.gated_delta_rule.api import (
     DeltaInputs,
     gated_delta_rule,
@@ -51,8 +54,6 @@ REAL_CASES = (
     dataclasses.replace(QWEN3_NEXT, name="qwen3_next_float32", dtype="float32"),
 )
 
-Shapes = tuple[tuple[tuple[int, ...], str], ...]
-
 
 def array_shapes(case: DeltaCase, num_tokens: int, num_rows: int, last: int) -> Shapes:
     """Shape and type of q, k, v, g, beta, row_starts or rows (`last`), and state."""
@@ -73,8 +74,7 @@ def make_arrays(case: DeltaCase, seed: int = 0) -> tuple[np.ndarray, ...]:
     num_rows = len(case.num_new)
     num_tokens = sum(case.num_new) + case.padding
     shapes = array_shapes(case, num_tokens, num_rows, num_rows + 1)
-    starts = np.concatenate([[0], np.cumsum(case.num_new)])
-    return _draw(np.random.default_rng(seed), shapes, starts)
+    return _draw(np.random.default_rng(seed), shapes, row_starts(case.num_new))
 
 
 def _draw(
@@ -89,9 +89,9 @@ def _draw(
 
 def call_rule(*arrays: Any, **options: Any) -> Any:
     """The rule with the arrays of a case."""
-    *inputs, row_starts, state = arrays
+    *inputs, starts, state = arrays
     inputs = DeltaInputs(*inputs)
-    return gated_delta_rule(inputs, state, row_starts, normalise=True, **options)
+    return gated_delta_rule(inputs, state, starts, normalise=True, **options)
 
 
 def call_step(*arrays: Any, **options: Any) -> Any:
@@ -117,10 +117,6 @@ def _implementations(case: DeltaCase, *, is_step: bool) -> tuple[str, ...]:
     return ("reference", "gpu_triton", *(("tpu",) if on_tpu else ()))
 
 
-def _structs(shapes: Shapes) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return tuple(jax.ShapeDtypeStruct(s, jnp.dtype(t)) for s, t in shapes)
-
-
 def _num_bytes(shapes: Shapes) -> int:
     sizes = [math.prod(s) * numpy_dtype(t).itemsize for s, t in shapes]
     return sum(sizes) + sizes[2] + sizes[-1]  # the output is as large as v
@@ -128,14 +124,14 @@ def _num_bytes(shapes: Shapes) -> int:
 
 def _rule_case(case: DeltaCase) -> KernelCase:
     num_tokens, num_rows = sum(case.num_new), len(case.num_new)
-    starts = np.concatenate([[0], np.cumsum(case.num_new)])
     shapes = array_shapes(case, num_tokens, num_rows, num_rows + 1)
-    return KernelCase(
+    return scan_case(
+        shapes,
+        case.num_new,
+        _draw,
         operation="gated_delta_rule",
         name=case.name,
         function=call_rule,
-        arguments=_structs(shapes),
-        make_arguments=partial(_draw, shapes=shapes, indices=starts),
         num_bytes=_num_bytes(shapes),
         # As the recurrence has it: decay, two products with the state, one update.
         num_flops=7 * num_tokens * case.num_heads * case.key_width * case.width,
@@ -146,14 +142,13 @@ def _rule_case(case: DeltaCase) -> KernelCase:
 def _step_case(case: DeltaCase) -> KernelCase:
     num_rows = len(case.num_new)
     shapes = array_shapes(case, num_rows, num_rows, num_rows)
-    return KernelCase(
+    return step_case(
+        shapes,
+        _draw,
         operation="gated_delta_step",
         name=case.name,
         function=call_step,
-        arguments=_structs(shapes),
-        make_arguments=partial(_draw, shapes=shapes, indices=np.arange(num_rows)),
         num_bytes=_num_bytes(shapes),
         num_flops=7 * math.prod(shapes[-1][0]),
         implementations=_implementations(case, is_step=True),
-        donated=(6,),
     )

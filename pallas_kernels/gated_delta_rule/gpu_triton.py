@@ -10,15 +10,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Float, Int
 
-from pallas_kernels.common.chunks import make_chunks, with_padding_row
+from pallas_kernels.common.chunks import make_chunks
 from pallas_kernels.common.recurrent_triton import (
+    Launch,
     check_widths,
     chunk_tokens,
     decay_matrix,
     load_run,
     load_tokens,
     multiply,
-    split_width,
+    scan_rows,
+    step_rows,
     store_tokens,
 )
 from pallas_kernels.common.target import Target
@@ -59,13 +61,13 @@ def gated_delta_rule_gpu_triton(
     Within a chunk, what the tokens write depends on the state before the chunk by
     written = u - w state; the first kernel computes u and w. The second has one program
     per sequence, head and part of the values' width, whose part of the state stays in
-    registers. One more sequence owns the padding and writes its zeros.
+    registers.
     """
     check_widths(v.dtype, Dk=k.shape[2], Dv=v.shape[2])
     default = EXACT_SIZES if v.dtype == jnp.float32 else SIZES
     sizes = tuned_sizes("gated_delta_rule", target, f"rule {v.dtype}", default)
-    num_tokens, num_heads, width = v.shape
-    columns, chunk = split_width(width, sizes["columns"]), sizes["chunk"]
+    num_tokens, num_heads, _ = v.shape
+    chunk = sizes["chunk"]
     table = make_chunks(row_starts, num_tokens, chunk)
     w, u = pl.pallas_call(
         partial(_prepare_kernel, chunk=chunk),
@@ -80,20 +82,13 @@ def gated_delta_rule_gpu_triton(
         interpret=target.interpret,
         name="gated_delta_prepare",
     )(table.first_tokens, table.num_tokens, k, v, g, beta)
-    starts = with_padding_row(row_starts, num_tokens)
-    return pl.pallas_call(
-        partial(_rule_kernel, chunk=chunk, columns=columns),
-        out_shape=(
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
-            jax.ShapeDtypeStruct(state.shape, state.dtype),
-        ),
-        grid=(starts.shape[0] - 1, num_heads, width // columns),
-        compiler_params=pltriton.CompilerParams(
-            num_warps=sizes["num_warps"], num_stages=sizes["num_stages"]
-        ),
-        interpret=target.interpret,
-        name="gated_delta_rule",
-    )(starts, q, k, g, w, u, state)
+    return scan_rows(
+        partial(_rule_kernel, chunk=chunk),
+        Launch("gated_delta_rule", sizes, target),
+        v,
+        row_starts,
+        (q, k, g, w, u, state),
+    )
 
 
 def _prepare_kernel(*refs: Any, chunk: int) -> None:
@@ -202,22 +197,8 @@ def gated_delta_step_gpu_triton(
     """One program per token, head and part of the values' width; state in place."""
     check_widths(v.dtype, Dk=k.shape[2], Dv=v.shape[2])
     sizes = tuned_sizes("gated_delta_rule", target, "step", STEP_SIZES)
-    num_tokens, num_heads, width = v.shape
-    columns = split_width(width, sizes["columns"])
-    return pl.pallas_call(
-        partial(_step_kernel, columns=columns),
-        out_shape=(
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
-            jax.ShapeDtypeStruct(state.shape, state.dtype),
-        ),
-        grid=(num_tokens, num_heads, width // columns),
-        input_output_aliases={6: 1},
-        compiler_params=pltriton.CompilerParams(
-            num_warps=sizes["num_warps"], num_stages=sizes["num_stages"]
-        ),
-        interpret=target.interpret,
-        name="gated_delta_step",
-    )(rows, q, k, v, g, beta, state)
+    launch = Launch("gated_delta_step", sizes, target)
+    return step_rows(_step_kernel, launch, v, rows, (q, k, v, g, beta, state))
 
 
 def _step_kernel(*refs: Any, columns: int) -> None:

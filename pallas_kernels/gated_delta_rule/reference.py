@@ -1,11 +1,10 @@
 """The obvious version: token after token; differentiable."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.common.chunks import rows_of_tokens
+from pallas_kernels.common.recurrent import scan_tokens, step_tokens
 
 
 def gated_delta_rule_reference(
@@ -18,16 +17,7 @@ def gated_delta_rule_reference(
     row_starts: Int[Array, " S+1"],
 ) -> tuple[Float[Array, "T H Dv"], Float[Array, "S H Dk Dv"]]:
     """Scans over the tokens in float32; see `api.gated_delta_rule`."""
-    rows = rows_of_tokens(row_starts, v.shape[0])
-
-    def one_token(states: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
-        row, *values = token
-        out, new = _advance(states.at[row].get(mode="clip"), *values)
-        out = jnp.where(row < states.shape[0], out, 0)
-        return states.at[row].set(new, mode="drop"), out.astype(v.dtype)
-
-    states, out = jax.lax.scan(one_token, state, (rows, q, k, v, g, beta))
-    return out, states
+    return scan_tokens(_advance, (q, k, v, g, beta), state, row_starts, v.dtype)
 
 
 def gated_delta_step_reference(
@@ -40,13 +30,7 @@ def gated_delta_step_reference(
     rows: Int[Array, " T"],
 ) -> tuple[Float[Array, "T H Dv"], Float[Array, "R H Dk Dv"]]:
     """Gathers the rows, advances and scatters them; see `api.gated_delta_step`."""
-    num_rows = state.shape[0]
-    is_live = (rows >= 0) & (rows < num_rows)
-    old = state.at[rows].get(mode="clip")
-    out, new = jax.vmap(_advance)(old, q, k, v, g, beta)
-    out = jnp.where(is_live[:, None, None], out, 0).astype(v.dtype)
-    targets = jnp.where(is_live, rows, num_rows)
-    return out, state.at[targets].set(new, mode="drop")
+    return step_tokens(_advance, (q, k, v, g, beta), state, rows, v.dtype)
 
 
 def _advance(

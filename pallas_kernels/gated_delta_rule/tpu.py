@@ -3,16 +3,17 @@
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from pallas_kernels.common.chunks import chunked_order
 from pallas_kernels.common.cost import cost_of
 from pallas_kernels.common.recurrent_tpu import (
+    Launch,
+    Operand,
+    block_spec,
     check_types,
     decay_matrix,
     distinct_rows,
@@ -21,6 +22,8 @@ from pallas_kernels.common.recurrent_tpu import (
     multiply_split,
     places_of,
     running_sums,
+    scan_chunks,
+    step_rows,
     take_tokens,
 )
 from pallas_kernels.common.target import Target
@@ -41,11 +44,7 @@ def gated_delta_rule_tpu(
     *,
     target: Target,
 ) -> tuple[Float[Array, "T H Dv"], Float[Array, "S H Dk Dv"]]:
-    """Walks all chunks of all sequences, for one block of heads after the other.
-
-    Tokens are first padded to whole chunks per sequence, so that no tile crosses two.
-    The state stays in the output's tile for as long as chunks are of one sequence.
-    """
+    """Pads sequences to whole chunks, so that no tile crosses two, and walks them."""
     check_types(v.dtype)
     num_tokens, num_heads, width = v.shape
     num_keys, key_width = k.shape[1:]
@@ -56,55 +55,34 @@ def gated_delta_rule_tpu(
         num_keys, (key_width, group * width), max(sizes["heads"] // group, 1)
     )
     heads = keys * group
-    table, tokens, places = chunked_order(row_starts, num_tokens, chunk)
+    order = chunked_order(row_starts, num_tokens, chunk)
     key_spec = pl.BlockSpec((chunk, keys * key_width), lambda h, c, *_: (c, h))
     value_spec = pl.BlockSpec((chunk, heads * width), lambda h, c, *_: (c, h))
     gate_spec = pl.BlockSpec((1, 1, heads, chunk), lambda h, c, *_: (c, h, 0, 0))
-    state_spec = pl.BlockSpec(
-        (1, heads, key_width, width), lambda h, c, rows, *_: (rows[c], h, 0, 0)
-    )
 
     def gates(array: Float[Array, "T H"]) -> Array:
-        taken = take_tokens(array, tokens).reshape(-1, chunk, num_heads)
+        taken = take_tokens(array, order.tokens).reshape(-1, chunk, num_heads)
         return taken.swapaxes(1, 2).reshape(-1, num_heads // heads, heads, chunk)
 
-    padded, final = pl.pallas_call(
+    cost = cost_of(
+        *(q, k, v, g, beta, v, state, state),
+        flops=2 * v.size * (2 * chunk + 3 * key_width),
+        exponentials=g.size * chunk,
+    )
+    return scan_chunks(
         partial(_rule_kernel, widths=(key_width, width)),
-        out_shape=(
-            jax.ShapeDtypeStruct((tokens.size, num_heads * width), v.dtype),
-            jax.ShapeDtypeStruct(state.shape, state.dtype),
+        Launch("gated_delta_rule", heads, cost, target),
+        order,
+        v,
+        (
+            (key_spec, take_tokens(q, order.tokens)),
+            (key_spec, take_tokens(k, order.tokens)),
+            (value_spec, take_tokens(v, order.tokens)),
+            (gate_spec, gates(g)),
+            (gate_spec, gates(beta)),
         ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(num_heads // heads, tokens.size // chunk),
-            in_specs=[key_spec, key_spec, value_spec, gate_spec, gate_spec, state_spec],
-            out_specs=(value_spec, state_spec),
-        ),
-        # A sequence without chunks keeps its state.
-        input_output_aliases={8: 1},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary")
-        ),
-        cost_estimate=cost_of(
-            *(q, k, v, g, beta, v, state, state),
-            flops=2 * v.size * (2 * chunk + 3 * key_width),
-            exponentials=g.size * chunk,
-        ),
-        interpret=target.interpret,
-        name="gated_delta_rule",
-    )(
-        table.rows,
-        table.is_first,
-        table.num_tokens,
-        take_tokens(q, tokens),
-        take_tokens(k, tokens),
-        take_tokens(v, tokens),
-        gates(g),
-        gates(beta),
         state,
     )
-    out = padded.at[places].get(mode="fill", fill_value=0)
-    return out.reshape(v.shape), final
 
 
 def _rule_kernel(*refs: Any, widths: tuple[int, int]) -> None:
@@ -194,53 +172,27 @@ def gated_delta_step_tpu(
     rates = jnp.where(is_head, beta, 0.0)
     q, k, v = (jnp.where(is_value, array, 0) for array in (q, k, v))
 
-    def spec(*sizes: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, *sizes), lambda t, h, _: (t, h, 0, 0))
+    def operand(array: Array, *sizes: int) -> Operand:
+        by_block = array.astype(jnp.float32).reshape(num_tokens, blocks, *sizes)
+        return block_spec(*sizes), by_block
 
-    def by_block(array: Array, *sizes: int) -> Array:
-        wide = array.astype(jnp.float32)
-        return wide.reshape(num_tokens, blocks, *sizes)
-
-    state_spec = pl.BlockSpec(
-        (1, heads, key_width, width), lambda t, h, rows: (rows[t], h, 0, 0)
+    cost = cost_of(
+        *(q, k, v, v),
+        flops=6 * v.size * key_width,
+        more_bytes=2 * num_tokens * (state.nbytes // state.shape[0]),
     )
-    out, state = pl.pallas_call(
+    out, state = step_rows(
         _step_kernel,
-        out_shape=(
-            jax.ShapeDtypeStruct((num_tokens, blocks, heads, width), jnp.float32),
-            jax.ShapeDtypeStruct(state.shape, state.dtype),
-        ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(num_tokens, blocks),
-            in_specs=[
-                spec(keys, key_width),
-                spec(keys, key_width),
-                spec(heads, width),
-                spec(1, heads),
-                spec(1, heads),
-                state_spec,
-            ],
-            out_specs=(spec(heads, width), state_spec),
-        ),
-        input_output_aliases={6: 1},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary")
-        ),
-        cost_estimate=cost_of(
-            *(q, k, v, v),
-            flops=6 * v.size * key_width,
-            more_bytes=2 * num_tokens * (state.nbytes // state.shape[0]),
-        ),
-        interpret=target.interpret,
-        name="gated_delta_step",
-    )(
+        Launch("gated_delta_step", heads, cost, target),
         rows,
-        by_block(q, keys, key_width),
-        by_block(k, keys, key_width),
-        by_block(v, heads, width),
-        by_block(decay, 1, heads),
-        by_block(rates, 1, heads),
+        width,
+        (
+            operand(q, keys, key_width),
+            operand(k, keys, key_width),
+            operand(v, heads, width),
+            operand(decay, 1, heads),
+            operand(rates, 1, heads),
+        ),
         state,
     )
     out = out.reshape(v.shape)

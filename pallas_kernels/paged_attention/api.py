@@ -3,7 +3,7 @@
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
-from pallas_kernels.common.attention import check_attention_arguments
+from pallas_kernels.common.attention import check_attention_arguments, check_lengths
 from pallas_kernels.common.dispatch import Implementation, Operation
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.common.target import Target
@@ -58,6 +58,9 @@ def paged_attention(
     Flash-Decoding, https://pytorch.org/blog/flash-decoding.
     """
     check_attention_arguments(q, kv, block_tables, kv_scales)
+    check_lengths(lengths, block_tables)
+    if q.shape[0] != lengths.shape[0]:
+        raise ValueError(f"q has {q.shape[0]} rows, lengths {lengths.shape[0]}")
     options.check(q.shape[-2])
     several = q if q.ndim == 4 else q[:, None]
     out = OPERATION.run(

@@ -43,19 +43,17 @@ def paged_attention_blocked(
     order = jnp.pad(jnp.argsort(-lengths), (0, missing), mode="edge")
     tables = pad_tables(block_tables, blocks_per_chunk)
 
-    def attend_row(q_row: Array, table: Array, length: Array) -> Array:
-        return attend_blocked(
-            QueryTile(q_row, length - num_new + jnp.arange(num_new)),
+    def attend_group(index: Array, out: Array) -> Array:
+        rows = jax.lax.dynamic_slice_in_dim(order, index * group, group)
+        positions = lengths[rows][:, None] - num_new + jnp.arange(num_new)[None, :]
+        attended = attend_blocked(
+            QueryTile(q[rows], positions),
             Cache(kv, kv_scales),
-            table,
-            length,
+            tables[rows],
+            lengths[rows],
             options,
             blocks_per_chunk=blocks_per_chunk,
         )
-
-    def attend_group(index: Array, out: Array) -> Array:
-        rows = jax.lax.dynamic_slice_in_dim(order, index * group, group)
-        attended = jax.vmap(attend_row)(q[rows], tables[rows], lengths[rows])
         return out.at[rows].set(attended)
 
     return jax.lax.fori_loop(0, num_groups, attend_group, jnp.zeros_like(q))

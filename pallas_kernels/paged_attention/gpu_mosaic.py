@@ -210,7 +210,7 @@ def attend_items(
     num_items, used_rows = items.shape[0], q.shape[2]
     has_slopes = slopes is not None
 
-    def body(*refs: Any) -> None:
+    def paged_attention(*refs: Any) -> None:
         q, kv, tables, items, *given, means, sums, scratch = refs
         item, head = lax.axis_index("item"), lax.axis_index("head")
         warpgroup = lax.axis_index("warpgroup")
@@ -251,7 +251,7 @@ def attend_items(
     shape = (num_items, tiles.num_kv_heads, used_rows, tiles.head_dim)
     described = jax.ShapeDtypeStruct(shape, jnp.float32)
     kernel = plgpu.kernel(
-        body,
+        paged_attention,
         out_type=[described, described],
         scratch_types=[Scratch.types(tiles, has_slopes=has_slopes)],
         compiler_params=compiler_params(),
@@ -328,7 +328,7 @@ def combine_items(
 
     items_at_once = VALUES_AT_ONCE // head_dim
 
-    def body(means: Any, sums: Any, rows: Any, *refs: Any) -> None:
+    def paged_attention_combine(means: Any, sums: Any, rows: Any, *refs: Any) -> None:
         *given, out = refs
         row, head = lax.axis_index("row"), lax.axis_index("head")
         part = lax.axis_index("part")
@@ -358,7 +358,7 @@ def combine_items(
         out[row, head, part] = normal.astype(tiles.dtype)
 
     kernel = plgpu.kernel(
-        body,
+        paged_attention_combine,
         out_type=jax.ShapeDtypeStruct((rows.shape[0], *shape), tiles.dtype),
         compiler_params=compiler_params(),
         grid=(rows.shape[0], *shape[:2]),

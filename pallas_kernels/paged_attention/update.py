@@ -3,7 +3,7 @@
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
-from pallas_kernels.common.attention import check_attention_arguments
+from pallas_kernels.common.attention import check_attention_arguments, check_lengths
 from pallas_kernels.common.dispatch import Implementation, Operation
 from pallas_kernels.common.kv_update import NewTokens, check_new_tokens
 from pallas_kernels.common.scores import ScoreOptions
@@ -59,6 +59,11 @@ def paged_attention_update(
     Source: Ragged Paged Attention v3, https://github.com/vllm-project/tpu-inference.
     """
     check_attention_arguments(tokens.q, kv, block_tables, kv_scales)
+    check_lengths(lengths, block_tables)
+    if tokens.q.shape[0] != lengths.shape[0]:
+        raise ValueError(
+            f"tokens.q has {tokens.q.shape[0]} rows, lengths {lengths.shape[0]}"
+        )
     check_new_tokens(tokens, kv)
     options.check(tokens.q.shape[-2])
     is_single = tokens.q.ndim == 3

@@ -2,13 +2,19 @@
 
 from pallas_kernels.common.kv_update import NewTokens
 from pallas_kernels.ragged_attention.api import ragged_attention, tile_layout
-from pallas_kernels.ragged_attention.tiles import TileLayout, TileTable, make_tiles
+from pallas_kernels.ragged_attention.tiles import (
+    TileLayout,
+    TileTable,
+    TokenRuns,
+    make_tiles,
+)
 from pallas_kernels.ragged_attention.update import ragged_attention_update
 
 __all__ = [
     "NewTokens",
     "TileLayout",
     "TileTable",
+    "TokenRuns",
     "make_tiles",
     "ragged_attention",
     "ragged_attention_update",

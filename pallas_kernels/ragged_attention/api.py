@@ -6,11 +6,11 @@ import jax
 from jax import Array
 from jaxtyping import Float, Int, Shaped
 
-from pallas_kernels.common.attention import check_attention_arguments
+from pallas_kernels.common.attention import check_attention_arguments, check_lengths
 from pallas_kernels.common.dispatch import Implementation, Operation
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.common.target import Target
-from pallas_kernels.ragged_attention.tiles import TileLayout, TileTable
+from pallas_kernels.ragged_attention.tiles import TileLayout, TokenRuns
 
 OPERATION = Operation(
     "ragged_attention",
@@ -25,36 +25,29 @@ def ragged_attention(
     q: Float[Array, "T H D"],
     kv: Shaped[Array, "B 2 K P D"],
     block_tables: Int[Array, "S M"],
-    row_starts: Int[Array, " S+1"],
-    lengths: Int[Array, " S"],
+    runs: TokenRuns,
     options: ScoreOptions,
     *,
     kv_scales: Float[Array, "2 K"] | None = None,
-    tiles: TileTable | None = None,
     implementation: Implementation = "auto",
     target: Target | None = None,
 ) -> Float[Array, "T H D"]:
     """Attends runs of new tokens to the cached tokens of their sequences, causally.
 
-    Sequence i owns tokens row_starts[i] ... row_starts[i+1] - 1, which stand at its
-    last positions, so that lengths[i] counts them too: chunks of prompts over a cached
-    prefix and single tokens in any mix. The cache already holds the new keys and
-    values. Scores and sums are float32, whatever the input type.
+    The runs are chunks of prompts over a cached prefix and single tokens, in any mix.
+    The cache already holds the new keys and values. Scores and sums are float32,
+    whatever the input type.
 
     Args:
         q: Query heads of the tokens, sequence after sequence. Tokens from
-            row_starts[S] on are padding and give zeros.
+            runs.starts[S] on are padding and give zeros.
         kv: Pool of blocks: key | value, KV head, place in block, head width. Of
             uint16 if it holds the bits of 16-bit queries' type.
         block_tables: Pool block of each run of P positions of a sequence; entries past
             the length are ignored, ids outside the pool never read outside it.
-        row_starts: First token of each sequence, in order; the last entry is the
-            number of tokens that are no padding.
-        lengths: Tokens of each sequence in the cache.
+        runs: Which tokens are whose, and where they stand.
         options: How scores become weights.
         kv_scales: Factors on the keys and values of each head, for a quantized cache.
-        tiles: The tokens cut into tiles by `make_tiles`, on the host, with the
-            `tile_layout` of the implementation; None cuts them in the program.
         implementation: "reference" gathers whole tables and is differentiable;
             "blocked" works in proportion to the live tokens; "auto" is the best one
             for the target.
@@ -70,22 +63,19 @@ def ragged_attention(
     """
     check_attention_arguments(q, kv, block_tables, kv_scales)
     options.check(q.shape[-2])
-    if row_starts.shape != (lengths.shape[0] + 1,):
-        raise ValueError(
-            f"row_starts has shape {row_starts.shape}, expected one entry more than "
-            f"the {lengths.shape[0]} sequences"
-        )
+    check_lengths(runs.lengths, block_tables)
+    runs.check()
     return OPERATION.run(
         implementation,
         target,
         q,
         kv,
         block_tables,
-        row_starts,
-        lengths,
+        runs.starts,
+        runs.lengths,
         options,
         kv_scales,
-        tiles=tiles,
+        tiles=runs.tiles,
     )
 
 

@@ -12,6 +12,7 @@ from pallas_kernels.common.attention_cases import (
 )
 from pallas_kernels.common.cases import AttentionCase, KernelCase
 from pallas_kernels.ragged_attention.api import ragged_attention
+from pallas_kernels.ragged_attention.tiles import TokenRuns
 from pallas_kernels.ragged_attention.update_cases import update_cases
 
 CASES = (
@@ -80,6 +81,7 @@ def _call(
     **choice: Any,
 ) -> Array:
     options, scales = case_options(case, extra)
+    runs = TokenRuns(row_starts, lengths)
     return ragged_attention(
-        q, kv, block_tables, row_starts, lengths, options, kv_scales=scales, **choice
+        q, kv, block_tables, runs, options, kv_scales=scales, **choice
     )

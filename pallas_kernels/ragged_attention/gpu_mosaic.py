@@ -215,7 +215,7 @@ def attend_tiles(
     """Attends each tile; the results of tiles that are not used are undefined."""
     num_tiles = q.shape[0]
 
-    def body(*refs: Any) -> None:
+    def ragged_attention(*refs: Any) -> None:
         q, kv, tables, described, *vectors, out, scratch = refs
         # The last tiles of a sequence have the most keys; they go first.
         tile = num_tiles - 1 - lax.axis_index("tile")
@@ -249,7 +249,7 @@ def attend_tiles(
             )
 
     kernel = plgpu.kernel(
-        body,
+        ragged_attention,
         out_type=jax.ShapeDtypeStruct(q.shape, tiles.dtype),
         scratch_types=[Scratch.types(tiles, len(vectors))],
         compiler_params=compiler_params(),

@@ -62,8 +62,11 @@ def ragged_attention_update_reference(
     lengths: Int[Array, " S"],
     options: ScoreOptions,
     kv_scales: Float[Array, "2 K"] | None,
+    *,
+    tiles: TileTable | None = None,
 ) -> tuple[Float[Array, "T H D"], Shaped[Array, "B 2 K P D"]]:
     """Scatters the tokens, then attends; see `update.ragged_attention_update`."""
+    del tiles
     places = jnp.arange(tokens.q.shape[0], dtype=row_starts.dtype)
     rows = jnp.sum(places[:, None] >= row_starts[None, 1:], axis=1)
     is_padding = rows == lengths.shape[0]

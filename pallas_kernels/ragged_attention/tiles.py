@@ -1,8 +1,8 @@
-"""The tile table: which run of tokens of which sequence each tile computes."""
+"""The runs of new tokens, and the table of the tiles that they are cut into."""
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,33 @@ class TileTable:
     def num_tokens(self) -> Int[Array | np.ndarray, " N"]:
         """Tokens of each tile; zero for unused ones."""
         return self.packed[1 + 2 * self.size :]
+
+
+class TokenRuns(NamedTuple):
+    """The new tokens of each sequence, packed one sequence after the other.
+
+    Sequence i owns tokens starts[i] ... starts[i+1] - 1, which stand at its last
+    positions.
+
+    Attributes:
+        starts: First token of each sequence, in order; the last entry is the number of
+            tokens that are no padding.
+        lengths: Tokens of each sequence in the cache, the new ones included.
+        tiles: The tokens cut into tiles by `make_tiles`, on the host, as `tile_layout`
+            says; None cuts them in the program.
+    """
+
+    starts: Int[Array, " S+1"]
+    lengths: Int[Array, " S"]
+    tiles: TileTable | None = None
+
+    def check(self) -> None:
+        """Raises ValueError unless each sequence has its run."""
+        if self.starts.shape != (self.lengths.shape[0] + 1,):
+            raise ValueError(
+                f"starts has shape {self.starts.shape}, expected one entry more than "
+                f"the {self.lengths.shape[0]} sequences"
+            )
 
 
 def make_tiles(

@@ -18,12 +18,7 @@ from pallas_kernels.common.tpu_attention import (
 from pallas_kernels.common.tpu_attention_kernel import TOKENS_PER_RUN, TileSizes
 from pallas_kernels.common.tuning import Sizes, tuned_sizes
 from pallas_kernels.ragged_attention.groups import make_groups
-from pallas_kernels.ragged_attention.tiles import (
-    TileLayout,
-    TileTable,
-    make_tiles,
-    tiles_for,
-)
+from pallas_kernels.ragged_attention.tiles import TileLayout, TileTable, tiles_for
 
 QUERY_ROWS = {"v6e": 1024}
 """Rows of queries, of one KV head, to a tile. Each tile reads the keys anew: with 512
@@ -73,6 +68,7 @@ def ragged_attention_update_tpu(
     options: ScoreOptions,
     kv_scales: Float[Array, "2 K"] | None,
     *,
+    tiles: TileTable | None = None,
     target: Target,
 ) -> tuple[Float[Array, "T H D"], Shaped[Array, "B 2 K P D"]]:
     """Writes the tokens, then attends, in one kernel; see `update`.
@@ -83,11 +79,12 @@ def ragged_attention_update_tpu(
     cache = PagedCache(kv, block_tables, kv_scales)
     sizes = _tile_sizes(tokens.q, cache, target)
     num_tokens = tokens.q.shape[0]
-    table = make_tiles(row_starts, num_tokens, tile_layout(tokens.q, kv, target))
-    tiles = _place(table, row_starts, lengths, num_tokens)
+    layout = tile_layout(tokens.q, kv, target)
+    table = tiles_for(tiles, row_starts, num_tokens, layout)
+    placed = _place(table, row_starts, lengths, num_tokens)
     stored = stored_values(tokens, kv.dtype, kv_scales)
     new: Groups = make_groups(stored, cache, row_starts, lengths)
-    return attend(tokens.q, cache, tiles, options, sizes, new, target)
+    return attend(tokens.q, cache, placed, options, sizes, new, target)
 
 
 def tile_layout(q: Any, kv: Any, target: Target) -> TileLayout:

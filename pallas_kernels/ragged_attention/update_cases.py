@@ -8,6 +8,7 @@ from pallas_kernels.common.attention_cases import case_options, real_case
 from pallas_kernels.common.cases import AttentionCase, KernelCase
 from pallas_kernels.common.kv_update import NewTokens
 from pallas_kernels.common.update_cases import make_update_case
+from pallas_kernels.ragged_attention.tiles import TokenRuns
 from pallas_kernels.ragged_attention.update import ragged_attention_update
 
 
@@ -54,8 +55,7 @@ def _call(
         tokens,
         kv,
         block_tables,
-        row_starts,
-        lengths,
+        TokenRuns(row_starts, lengths),
         options,
         kv_scales=scales,
         **choice,

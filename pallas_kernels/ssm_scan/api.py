@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.common.dispatch import Implementation, Operation
+from pallas_kernels.common.recurrent import check_row_starts, check_rows, check_state
 from pallas_kernels.common.target import Target
 
 SCAN = Operation("ssm_scan", "ssm_scan")
@@ -92,10 +93,7 @@ def ssm_scan(
     Source: Mamba-2, arXiv:2405.21060 section 6 (the chunked algorithm).
     """
     _check(inputs, parameters, state)
-    if state.shape[0] != row_starts.shape[0] - 1:
-        raise ValueError(
-            f"state has {state.shape[0]} rows, row_starts {row_starts.shape[0] - 1}"
-        )
+    check_row_starts(row_starts, state)
     arguments = _arguments(inputs, parameters)
     return SCAN.run(implementation, target, *arguments, state, row_starts)
 
@@ -128,8 +126,7 @@ def ssm_step(
         NotImplementedError: A forced implementation cannot do this.
     """
     _check(inputs, parameters, state)
-    if rows.shape != inputs.x.shape[:1]:
-        raise ValueError(f"rows {rows.shape}, but x has {inputs.x.shape[0]} tokens")
+    check_rows(rows, inputs.x.shape[0])
     arguments = _arguments(inputs, parameters)
     return STEP.run(implementation, target, *arguments, state, rows)
 
@@ -158,12 +155,7 @@ def _check(inputs: SsmInputs, parameters: SsmParameters, state: Array) -> None:
         raise ValueError(f"x has {heads} heads, no multiple of {b.shape[1]} groups")
     if b.dtype != x.dtype or c.dtype != x.dtype:
         raise ValueError(f"x is {x.dtype}, B {b.dtype}, C {c.dtype}; must be the same")
-    expected = (heads, width, b.shape[2])
-    if state.ndim != 4 or state.shape[1:] != expected or state.dtype != jnp.float32:
-        raise ValueError(
-            f"state is {state.dtype}{state.shape}, expected float32 [S, {heads}, "
-            f"{width}, {b.shape[2]}]"
-        )
+    check_state(state, (heads, width, b.shape[2]))
     for name in ("A", "D", "dt_bias"):
         array = getattr(parameters, name)
         if array is not None and array.shape != (heads,):

@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.common.cases import KernelCase, numpy_dtype
+from pallas_kernels.common.recurrent_cases import (
+    Shapes,
+    row_starts,
+    scan_case,
+    step_case,
+)
 from pallas_kernels.ssm_scan.api import SsmInputs, SsmParameters, ssm_scan, ssm_step
 
 
@@ -51,10 +54,8 @@ REAL_CASES = (
 )
 
 
-def array_shapes(
-    case: SsmCase, num_tokens: int, num_rows: int
-) -> tuple[tuple[tuple[int, ...], str], ...]:
-    """Shape and type of x, dt, B, C, A, D, dt_bias, row_starts or rows, and state."""
+def array_shapes(case: SsmCase, num_tokens: int, num_rows: int, last: int) -> Shapes:
+    """Those of x, dt, B, C, A, D, dt_bias, row_starts or rows (`last`), and state."""
     heads, groups, width = case.num_heads, case.num_groups, case.width
     return (
         ((num_tokens, heads, width), case.dtype),
@@ -64,23 +65,21 @@ def array_shapes(
         ((heads,), "float32"),
         ((heads,), "float32"),
         ((heads,), "float32"),
-        ((num_rows,), "int32"),
+        ((last,), "int32"),
         ((num_rows, heads, width, case.state_width), "float32"),
     )
 
 
 def make_arrays(case: SsmCase, seed: int = 0) -> tuple[np.ndarray, ...]:
     """Random arrays of a scan in the order of `array_shapes`, with ordinary decays."""
-    rng = np.random.default_rng(seed)
+    num_rows = len(case.num_new)
     num_tokens = sum(case.num_new) + case.padding
-    shapes = array_shapes(case, num_tokens, len(case.num_new))
-    return _draw(rng, shapes, np.concatenate([[0], np.cumsum(case.num_new)]))
+    shapes = array_shapes(case, num_tokens, num_rows, num_rows + 1)
+    return _draw(np.random.default_rng(seed), shapes, row_starts(case.num_new))
 
 
 def _draw(
-    rng: np.random.Generator,
-    shapes: tuple[tuple[tuple[int, ...], str], ...],
-    indices: np.ndarray,
+    rng: np.random.Generator, shapes: Shapes, indices: np.ndarray
 ) -> tuple[np.ndarray, ...]:
     arrays = [rng.normal(size=s).astype(numpy_dtype(t)) for s, t in shapes]
     arrays[4] = -rng.uniform(0.5, 8, shapes[4][0]).astype(np.float32)
@@ -91,9 +90,9 @@ def _draw(
 
 def call_scan(*arrays: Any, **options: Any) -> Any:
     """The scan with the arrays of a case."""
-    x, dt, b, c, a, d, bias, row_starts, state = arrays
+    x, dt, b, c, a, d, bias, starts, state = arrays
     inputs, parameters = SsmInputs(x, dt, b, c), SsmParameters(a, d, bias)
-    return ssm_scan(inputs, parameters, state, row_starts, **options)
+    return ssm_scan(inputs, parameters, state, starts, **options)
 
 
 def call_step(*arrays: Any, **options: Any) -> Any:
@@ -116,12 +115,6 @@ def kernel_cases() -> list[KernelCase]:
     return [_scan_case(case) for case in REAL_CASES] + [_step_case(c) for c in steps]
 
 
-def _structs(
-    shapes: tuple[tuple[tuple[int, ...], str], ...],
-) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return tuple(jax.ShapeDtypeStruct(s, jnp.dtype(t)) for s, t in shapes)
-
-
 def _num_bytes(case: SsmCase, num_tokens: int, num_rows: int) -> int:
     itemsize = numpy_dtype(case.dtype).itemsize
     heads, width = case.num_heads, case.state_width
@@ -132,36 +125,31 @@ def _num_bytes(case: SsmCase, num_tokens: int, num_rows: int) -> int:
 
 def _scan_case(case: SsmCase) -> KernelCase:
     num_tokens, num_rows = sum(case.num_new), len(case.num_new)
-    starts = np.concatenate([[0], np.cumsum(case.num_new)])
-    shapes = array_shapes(case, num_tokens, num_rows)
-    shapes = (*shapes[:7], ((num_rows + 1,), "int32"), shapes[8])
-    # As the recurrence has it: decay, outer product and sum; then the product with C.
     on_tpu = () if case.dtype == "float16" else ("tpu",)
-    num_flops = 5 * num_tokens * case.num_heads * case.width * case.state_width
-    return KernelCase(
+    return scan_case(
+        array_shapes(case, num_tokens, num_rows, num_rows + 1),
+        case.num_new,
+        _draw,
         operation="ssm_scan",
         name=case.name,
         function=call_scan,
-        arguments=_structs(shapes),
-        make_arguments=partial(_draw, shapes=shapes, indices=starts),
         num_bytes=_num_bytes(case, num_tokens, num_rows),
-        num_flops=num_flops,
+        # As the recurrence has it: decay, outer product and sum; the product with C.
+        num_flops=5 * num_tokens * case.num_heads * case.width * case.state_width,
         implementations=("reference", "gpu_triton", *on_tpu),
     )
 
 
 def _step_case(case: SsmCase) -> KernelCase:
     num_rows = len(case.num_new)
-    shapes = array_shapes(case, num_rows, num_rows)
-    size = math.prod(shapes[8][0])
-    return KernelCase(
+    shapes = array_shapes(case, num_rows, num_rows, num_rows)
+    return step_case(
+        shapes,
+        _draw,
         operation="ssm_step",
         name=case.name,
         function=call_step,
-        arguments=_structs(shapes),
-        make_arguments=partial(_draw, shapes=shapes, indices=np.arange(num_rows)),
         num_bytes=_num_bytes(case, num_rows, num_rows),
-        num_flops=5 * size,
+        num_flops=5 * math.prod(shapes[-1][0]),
         implementations=("reference", "gpu_triton", "tpu"),
-        donated=(8,),
     )

@@ -10,15 +10,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Float, Int
 
-from pallas_kernels.common.chunks import with_padding_row
 from pallas_kernels.common.recurrent_triton import (
+    Launch,
     check_widths,
     chunk_tokens,
     decay_matrix,
     load_run,
     load_tokens,
     multiply,
-    split_width,
+    scan_rows,
+    step_rows,
     store_tokens,
 )
 from pallas_kernels.common.target import Target
@@ -47,27 +48,18 @@ def ssm_scan_gpu_triton(
 
     A program walks its sequence chunk by chunk with its part of the state, which is
     independent of the others, in registers: inputs are read once, and no state between
-    chunks goes to memory. One more sequence owns the padding and writes its zeros.
+    chunks goes to memory.
     """
     check_widths(x.dtype, P=x.shape[2], N=B.shape[2])
     default = EXACT_SIZES if x.dtype == jnp.float32 else SCAN_SIZES
     sizes = tuned_sizes("ssm_scan", target, f"scan {x.dtype}", default)
-    num_tokens, num_heads, width = x.shape
-    columns = split_width(width, sizes["columns"])
-    starts = with_padding_row(row_starts, num_tokens)
-    return pl.pallas_call(
-        partial(_scan_kernel, chunk=sizes["chunk"], columns=columns),
-        out_shape=(
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct(state.shape, state.dtype),
-        ),
-        grid=(starts.shape[0] - 1, num_heads, width // columns),
-        compiler_params=pltriton.CompilerParams(
-            num_warps=sizes["num_warps"], num_stages=sizes["num_stages"]
-        ),
-        interpret=target.interpret,
-        name="ssm_scan",
-    )(starts, x, dt, A, B, C, D, state)
+    return scan_rows(
+        partial(_scan_kernel, chunk=sizes["chunk"]),
+        Launch("ssm_scan", sizes, target),
+        x,
+        row_starts,
+        (x, dt, A, B, C, D, state),
+    )
 
 
 def _scan_kernel(*refs: Any, chunk: int, columns: int) -> None:
@@ -127,22 +119,8 @@ def ssm_step_gpu_triton(
     """One program per token, head and part of the head's width; state in place."""
     check_widths(x.dtype, P=x.shape[2], N=B.shape[2])
     sizes = tuned_sizes("ssm_scan", target, "step", STEP_SIZES)
-    num_tokens, num_heads, width = x.shape
-    columns = split_width(width, sizes["columns"])
-    return pl.pallas_call(
-        partial(_step_kernel, columns=columns),
-        out_shape=(
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct(state.shape, state.dtype),
-        ),
-        grid=(num_tokens, num_heads, width // columns),
-        input_output_aliases={7: 1},
-        compiler_params=pltriton.CompilerParams(
-            num_warps=sizes["num_warps"], num_stages=sizes["num_stages"]
-        ),
-        interpret=target.interpret,
-        name="ssm_step",
-    )(rows, x, dt, A, B, C, D, state)
+    launch = Launch("ssm_step", sizes, target)
+    return step_rows(_step_kernel, launch, x, rows, (x, dt, A, B, C, D, state))
 
 
 def _step_kernel(*refs: Any, columns: int) -> None:

@@ -8,19 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from pallas_kernels.common.chunks import chunked_order
 from pallas_kernels.common.cost import cost_of
 from pallas_kernels.common.recurrent_tpu import (
     LANES,
+    Launch,
+    block_spec,
     check_types,
     decay_matrix,
     distinct_rows,
     heads_per_block,
     multiply,
     running_sums,
+    scan_chunks,
+    step_rows,
     take_tokens,
 )
 from pallas_kernels.common.target import Target
@@ -42,11 +45,7 @@ def ssm_scan_tpu(
     *,
     target: Target,
 ) -> tuple[Float[Array, "T H P"], Float[Array, "S H P N"]]:
-    """Walks all chunks of all sequences, for one block of heads after the other.
-
-    Tokens are first padded to whole chunks per sequence, so that no tile crosses two.
-    The state stays in the output's tile for as long as chunks are of one sequence.
-    """
+    """Pads sequences to whole chunks, so that no tile crosses two, and walks them."""
     check_types(x.dtype)
     num_tokens, num_heads, width = x.shape
     num_groups, state_width = B.shape[1:]
@@ -56,8 +55,8 @@ def ssm_scan_tpu(
     chunk, per_group = sizes["chunk"], num_heads // num_groups
     heads = heads_per_block(per_group, (width,), sizes["heads"])
     blocks_per_group = per_group // heads
-    table, tokens, places = chunked_order(row_starts, num_tokens, chunk)
-    steps = take_tokens(dt, tokens).T.reshape(-1, heads, tokens.size)
+    order = chunked_order(row_starts, num_tokens, chunk)
+    steps = take_tokens(dt, order.tokens).T.reshape(-1, heads, order.tokens.size)
     columns = heads * width
     value_spec = pl.BlockSpec((chunk, columns), lambda h, c, *_: (c, h))
     step_spec = pl.BlockSpec((1, heads, chunk), lambda h, c, *_: (h, 0, c))
@@ -65,55 +64,27 @@ def ssm_scan_tpu(
         (chunk, state_width),
         lambda h, c, *_: (c, jax.lax.div(h, np.int32(blocks_per_group))),
     )
-    state_spec = pl.BlockSpec(
-        (1, heads, width, state_width), lambda h, c, rows, *_: (rows[c], h, 0, 0)
+    skip_spec = pl.BlockSpec((1, 1, columns), lambda h, *_: (h, 0, 0))
+    cost = cost_of(
+        *(x, x, dt, B, C, state, state),
+        flops=2 * x.size * (chunk + 2 * state_width),
+        exponentials=dt.size * chunk,
     )
-    padded, final = pl.pallas_call(
+    return scan_chunks(
         partial(_scan_kernel, width=width),
-        out_shape=(
-            jax.ShapeDtypeStruct((tokens.size, num_heads * width), x.dtype),
-            jax.ShapeDtypeStruct(state.shape, state.dtype),
+        Launch("ssm_scan", heads, cost, target),
+        order,
+        x,
+        (
+            (value_spec, take_tokens(x, order.tokens)),
+            (step_spec, steps),
+            (step_spec, steps * A.reshape(-1, heads, 1)),
+            (group_spec, take_tokens(B, order.tokens)),
+            (group_spec, take_tokens(C, order.tokens)),
+            (skip_spec, jnp.repeat(D, width).reshape(-1, 1, columns)),
         ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(num_heads // heads, tokens.size // chunk),
-            in_specs=[
-                value_spec,
-                step_spec,
-                step_spec,
-                group_spec,
-                group_spec,
-                pl.BlockSpec((1, 1, columns), lambda h, *_: (h, 0, 0)),
-                state_spec,
-            ],
-            out_specs=(value_spec, state_spec),
-        ),
-        # A sequence without chunks keeps its state.
-        input_output_aliases={9: 1},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary")
-        ),
-        cost_estimate=cost_of(
-            *(x, x, dt, B, C, state, state),
-            flops=2 * x.size * (chunk + 2 * state_width),
-            exponentials=dt.size * chunk,
-        ),
-        interpret=target.interpret,
-        name="ssm_scan",
-    )(
-        table.rows,
-        table.is_first,
-        table.num_tokens,
-        take_tokens(x, tokens),
-        steps,
-        steps * A.reshape(-1, heads, 1),
-        take_tokens(B, tokens),
-        take_tokens(C, tokens),
-        jnp.repeat(D, width).reshape(-1, 1, columns),
         state,
     )
-    y = padded.at[places].get(mode="fill", fill_value=0)
-    return y.reshape(x.shape), final
 
 
 def _scan_kernel(*refs: Any, width: int) -> None:
@@ -174,44 +145,28 @@ def ssm_step_tpu(
     steps = jnp.where(is_live[:, None], dt, 0.0)
     by_block = (num_tokens, num_heads // heads, heads, width)
     vectors = (num_tokens, num_heads // heads, 1, heads)
-    block_spec = pl.BlockSpec((1, 1, heads, width), lambda t, h, _: (t, h, 0, 0))
-    vector_spec = pl.BlockSpec((1, 1, 1, heads), lambda t, h, _: (t, h, 0, 0))
     group_spec = pl.BlockSpec(
         (1, 1, 1, state_width),
         lambda t, h, _: (t, jax.lax.div(h, np.int32(per_group // heads)), 0, 0),
     )
-    state_spec = pl.BlockSpec(
-        (1, heads, width, state_width), lambda t, h, rows: (rows[t], h, 0, 0)
+    cost = cost_of(
+        *(values, enters, leaves, values),
+        flops=5 * x.size * state_width,
+        more_bytes=2 * num_tokens * (state.nbytes // state.shape[0]),
     )
-    y, state = pl.pallas_call(
+    added = (values * steps[:, :, None]).reshape(by_block)
+    decay = jnp.exp(steps * A[None, :]).reshape(vectors)
+    y, state = step_rows(
         _step_kernel,
-        out_shape=(
-            jax.ShapeDtypeStruct(by_block, jnp.float32),
-            jax.ShapeDtypeStruct(state.shape, state.dtype),
-        ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(num_tokens, num_heads // heads),
-            in_specs=[block_spec, vector_spec, group_spec, group_spec, state_spec],
-            out_specs=(block_spec, state_spec),
-        ),
-        input_output_aliases={5: 1},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary")
-        ),
-        cost_estimate=cost_of(
-            *(values, enters, leaves, values),
-            flops=5 * x.size * state_width,
-            more_bytes=2 * num_tokens * (state.nbytes // state.shape[0]),
-        ),
-        interpret=target.interpret,
-        name="ssm_step",
-    )(
+        Launch("ssm_step", heads, cost, target),
         rows,
-        (values * steps[:, :, None]).reshape(by_block),
-        jnp.exp(steps * A[None, :]).reshape(vectors),
-        enters[:, :, None, :],
-        leaves[:, :, None, :],
+        width,
+        (
+            (block_spec(heads, width), added),
+            (block_spec(1, heads), decay),
+            (group_spec, enters[:, :, None, :]),
+            (group_spec, leaves[:, :, None, :]),
+        ),
         state,
     )
     out = y.reshape(x.shape) + D[None, :, None] * values

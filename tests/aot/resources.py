@@ -68,7 +68,7 @@ def _kernels(folder: pathlib.Path, dynamic: dict[str, int]) -> list[dict[str, ob
     """
     if shutil.which("ptxas") is None:
         return []
-    found = {}
+    found: list[dict[str, object]] = []
     for path in sorted(folder.glob("*.ptx")):
         if ".entry" not in path.read_text():
             continue
@@ -81,13 +81,14 @@ def _kernels(folder: pathlib.Path, dynamic: dict[str, int]) -> list[dict[str, ob
             if match := PTXAS.search(entry):
                 name = match["name"]
                 given = dynamic.get(name, dynamic.get(path.stem, 0))
-                found[name] = {
+                kernel = {
                     "kernel": name,
                     "registers": int(match["registers"]),
                     "spilled_bytes": int(match["stores"]) + int(match["loads"]),
                     "shared_bytes": given + int(match["shared"] or 0),
                 }
-    return list(found.values())
+                found.append(kernel)
+    return found
 
 
 def vector_memory(text: str) -> int:

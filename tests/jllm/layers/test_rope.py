@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -220,3 +221,29 @@ def test_bad_values_are_refused_by_name(scaling, named):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+def test_a_position_below_zero_is_rotated_backwards():
+    """The CPU's two branches are the same function."""
+    inv_freq = np.array([1.0, 0.1], np.float32)
+    positions = jnp.array([-3, 5], jnp.int32)
+    cos, sin = jax.jit(lambda p: rotation_of(p, inv_freq, 2.0))(positions)
+    angles = np.array([-3.0, 5.0])[:, None] * inv_freq
+    np.testing.assert_allclose(cos, 2 * np.cos(angles), atol=1e-5)
+    np.testing.assert_allclose(sin, 2 * np.sin(angles), atol=1e-5)
+
+
+def test_a_cpu_computes_sines_once_for_all_that_use_them():
+    if jax.default_backend() != "cpu":
+        pytest.skip("about XLA's CPU backend")
+
+    def multiply(positions, heads):
+        cos, _ = rotation_of(positions, np.ones(8, np.float32), 1.0)
+        for _ in range(3):
+            product = heads @ jnp.ones((8, 8))
+            heads = product * jnp.broadcast_to(cos, heads.shape)
+        return heads
+
+    arguments = (jnp.zeros(4, jnp.int32), jnp.ones((4, 8)))
+    text = jax.jit(multiply).lower(*arguments).compile().as_text()
+    assert text.count(" cosine(") <= 2  # one in each branch

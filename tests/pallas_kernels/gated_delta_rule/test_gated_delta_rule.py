@@ -2,19 +2,13 @@
 
 import dataclasses
 import inspect
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
-from jax.test_util import check_grads
 
-from pallas_kernels.common.target import Target
 from pallas_kernels.gated_delta_rule import DeltaInputs, gated_delta_rule
 from pallas_kernels.gated_delta_rule.cases import (
     CASES,
@@ -24,19 +18,18 @@ from pallas_kernels.gated_delta_rule.cases import (
     kernel_cases,
     make_arrays,
 )
-from tests.pallas_kernels.targets import gpu_target
+from tests.pallas_kernels.recurrent import (
+    ALL_COUNTS,
+    ALL_TOKENS,
+    QUICK_COUNTS,
+    QUICK_TOKENS,
+    Layer,
+    assert_distinct,
+    choice,
+)
 
-TARGETS = {
-    "reference": Target("cpu"),
-    "gpu_triton": gpu_target(),
-    "tpu": Target(
-        "tpu", "v6e", "v6e", 1, interpret=pltpu.InterpretParams(detect_races=True)
-    ),
-}
-TOLERANCE = {"float32": 3e-6, "bfloat16": 1.5e-2, "float16": 2e-3}
-# Those outside of 0 ... 9 stand behind rows that they would meet if clamped.
-STEP_ROWS = np.array([2, 0, -1, 9, 10], np.int32)
 BY_NAME = {case.name: case for case in CASES}
+RANDOM = DeltaCase("random", (), num_heads=1, num_key_heads=1)
 
 
 def solve(q, k, v, g, beta, row_starts, state, normalise=True):
@@ -60,80 +53,39 @@ def solve(q, k, v, g, beta, row_starts, state, normalise=True):
     return out, state
 
 
-def compare(found, expected, dtype):
-    for name, one, other in zip(("out", "state"), found, expected, strict=True):
-        error = np.abs(np.asarray(one, np.float64) - other).max()
-        bound = TOLERANCE[dtype] * max(1, np.abs(other).max())
-        assert error <= bound, f"{name}: {error} > {bound}"
-
-
-def check_races(implementation):
-    if implementation == "tpu":
-        assert not interpret_pallas_call.races.races_found
-
-
-def fitting(case, implementation):
-    """The case in widths that a TPU's kernel takes."""
-    if implementation != "tpu":
-        return case
-    return dataclasses.replace(case, key_width=128, width=128)
-
-
-def check_rule(case, implementation, seed=0, change=None):
-    arrays = make_arrays(fitting(case, implementation), seed)
-    if change is not None:
-        change(*arrays)
-    options = {"implementation": implementation, "target": TARGETS[implementation]}
-    found = jax.jit(partial(call_rule, **options))(*map(jnp.asarray, arrays))
-    compare(found, solve(*arrays), case.dtype)
-    check_races(implementation)
-
-
-def check_step(case, implementation):
-    """Tokens of some rows in any order; dead tokens hold NaN."""
-    case = dataclasses.replace(case, num_new=(1,) * 10, padding=0)
-    *inputs, _, state = make_arrays(fitting(case, implementation))
-    dead = (STEP_ROWS < 0) | (STEP_ROWS >= 10)
-    tokens = [array[:5].copy() for array in inputs]
-    expected_out = np.zeros(tokens[2].shape, np.float64)
-    expected_state = state.astype(np.float64)
-    for token in np.flatnonzero(~dead):
-        one = [array[token : token + 1] for array in tokens]
-        row = STEP_ROWS[token]
-        out, new = solve(*one, [0, 1], state[row : row + 1])
-        expected_out[token], expected_state[row] = out[0], new[0]
-    for array in tokens:
-        array[dead] = np.nan
-    options = {"implementation": implementation, "target": TARGETS[implementation]}
-    arrays = (*tokens, STEP_ROWS, state)
-    out, new = jax.jit(partial(call_step, **options))(*map(jnp.asarray, arrays))
-    compare((out, new), (expected_out, expected_state), case.dtype)
-    check_races(implementation)
-    untouched = [row for row in range(10) if row not in STEP_ROWS]
-    np.testing.assert_array_equal(np.asarray(new)[untouched], state[untouched])
+LAYER = Layer(
+    scan=call_rule,
+    step=call_step,
+    make_arrays=make_arrays,
+    solve=solve,
+    num_inputs=5,
+    values=2,
+    fit_tpu=lambda case: dataclasses.replace(case, key_width=128, width=128),
+    tolerance={"float32": 3e-6, "bfloat16": 1.5e-2, "float16": 2e-3},
+)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "gpu_triton"])
 @pytest.mark.parametrize("name", ["ragged", "bfloat16"])
 def test_rule_equals_float64(name, implementation):
-    check_rule(BY_NAME[name], implementation)
+    LAYER.check_scan(BY_NAME[name], implementation)
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("implementation", ["reference", "gpu_triton"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rule_equals_float64_in_full(case, implementation):
-    check_rule(case, implementation)
+    LAYER.check_scan(case, implementation)
 
 
 def test_rule_equals_float64_on_a_tpu():
     case = DeltaCase("small", (0, 1, 66, 0, 3), num_heads=2, num_key_heads=1)
-    check_rule(case, "tpu")
+    LAYER.check_scan(case, "tpu")
 
 
 @pytest.mark.parametrize("implementation", ["reference", "gpu_triton", "tpu"])
 def test_step_equals_float64(implementation):
-    check_step(BY_NAME["ragged"], implementation)
+    LAYER.check_step(BY_NAME["ragged"], implementation)
 
 
 def repeat_keys(q, k, v, g, beta, *_):
@@ -152,7 +104,7 @@ def turn_keys(q, k, v, g, beta, *_):
 @pytest.mark.parametrize("change", [repeat_keys, turn_keys])
 def test_equal_keys_lose_no_precision(change):
     case = DeltaCase("equal", (100,), num_heads=1, num_key_heads=1)
-    check_rule(case, "gpu_triton", change=change)
+    LAYER.check_scan(case, "gpu_triton", change=change)
 
 
 def test_strong_decay_does_not_overflow():
@@ -160,44 +112,27 @@ def test_strong_decay_does_not_overflow():
         g[:] = -30
 
     case = DeltaCase("forgetful", (100,), num_heads=1, num_key_heads=1)
-    check_rule(case, "gpu_triton", change=change)
-
-
-def check_boundaries(counts, num_tokens, seed):
-    """One compiled program for all counts: the rest of the tokens is padding."""
-    padding = num_tokens - sum(counts)
-    case = DeltaCase("random", tuple(counts), 1, 1, padding=padding)
-    check_rule(case, "gpu_triton", seed)
+    LAYER.check_scan(case, "gpu_triton", change=change)
 
 
 @settings(max_examples=5)
-@given(
-    counts=st.lists(
-        st.sampled_from([0, 1, 2, 15, 16, 17, 31, 32, 33, 47, 48]),
-        min_size=3,
-        max_size=3,
-    ),
-    seed=st.integers(0, 1000),
-)
+@given(counts=QUICK_COUNTS, seed=st.integers(0, 1000))
 def test_any_boundaries(counts, seed):
-    check_boundaries(counts, 145, seed)
+    LAYER.check_boundaries(RANDOM, counts, QUICK_TOKENS, seed)
 
 
 @pytest.mark.kernels
 @settings(max_examples=100)
-@given(
-    counts=st.lists(st.integers(0, 140), min_size=4, max_size=4),
-    seed=st.integers(0, 1000),
-)
+@given(counts=ALL_COUNTS, seed=st.integers(0, 1000))
 def test_any_boundaries_in_full(counts, seed):
-    check_boundaries(counts, 570, seed)
+    LAYER.check_boundaries(RANDOM, counts, ALL_TOKENS, seed)
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rule_in_full_on_a_tpu(case, dtype):
-    check_rule(dataclasses.replace(case, dtype=dtype), "tpu")
+    LAYER.check_scan(dataclasses.replace(case, dtype=dtype), "tpu")
 
 
 @pytest.mark.kernels
@@ -206,7 +141,7 @@ def test_rule_in_full_on_a_tpu(case, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_equal_keys_in_full(dtype, implementation, change):
     case = DeltaCase("equal", (200,), num_heads=1, num_key_heads=1, dtype=dtype)
-    check_rule(case, implementation, change=change)
+    LAYER.check_scan(case, implementation, change=change)
 
 
 @pytest.mark.kernels
@@ -214,7 +149,7 @@ def test_equal_keys_in_full(dtype, implementation, change):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["one_token", "ragged", "wide"])
 def test_step_in_full(name, dtype, implementation):
-    check_step(dataclasses.replace(BY_NAME[name], dtype=dtype), implementation)
+    LAYER.check_step(dataclasses.replace(BY_NAME[name], dtype=dtype), implementation)
 
 
 @pytest.mark.parametrize(
@@ -222,36 +157,12 @@ def test_step_in_full(name, dtype, implementation):
     [pytest.param("reference", marks=pytest.mark.kernels), "gpu_triton"],
 )
 def test_a_cut_anywhere_changes_nothing(implementation):
-    """State handed from call to call, and a step in the end, equal one call."""
-    case = DeltaCase("whole", (41,), padding=0, num_heads=2)
-    *inputs, _, state = map(jnp.asarray, make_arrays(case))
-    options = {"implementation": implementation, "target": TARGETS[implementation]}
-    rule = jax.jit(partial(call_rule, **options))
-    whole, final = rule(*inputs, jnp.array([0, 41]), state)
-    parts, carried = [], state
-    for first, last in ((0, 19), (19, 40)):
-        # The tokens before are at the end, where they are padding.
-        turned = [jnp.roll(array, -first, axis=0) for array in inputs]
-        out, carried = rule(*turned, jnp.array([0, last - first]), carried)
-        parts.append(out[: last - first])
-    cut = [array[40:] for array in inputs]
-    out, carried = call_step(*cut, jnp.array([0]), carried, **options)
-    np.testing.assert_allclose(jnp.concatenate([*parts, out]), whole, atol=1e-5)
-    np.testing.assert_allclose(carried, final, atol=1e-5)
+    LAYER.check_cut(DeltaCase("whole", (), num_heads=2), implementation)
 
 
 def test_reference_has_gradients():
     case = DeltaCase("small", (3, 0, 2), 2, 1, key_width=3, width=2, padding=1)
-    *inputs, starts, state = map(jnp.asarray, make_arrays(case))
-
-    @jax.jit
-    def total(*arrays):
-        out, final = call_rule(
-            *arrays[:5], starts, arrays[5], implementation="reference"
-        )
-        return jnp.sum(out * out) + jnp.sum(jnp.sin(final))
-
-    check_grads(total, (*inputs, state), 1, ["rev"], atol=2e-2, rtol=2e-2)
+    LAYER.check_gradients(case, tolerance=2e-2)
 
 
 def test_options_are_applied():
@@ -299,14 +210,9 @@ def test_wrong_shapes_are_named(index, shape, word):
 def test_what_is_not_supported_says_why(implementation, changes, word):
     case = dataclasses.replace(DeltaCase("small", (4,)), **changes)
     arrays = map(jnp.asarray, make_arrays(case))
-    target = TARGETS[implementation]
     with pytest.raises(NotImplementedError, match=word):
-        call_rule(*arrays, implementation=implementation, target=target)
+        call_rule(*arrays, **choice(implementation))
 
 
 def test_real_cases_are_distinct():
-    names = [(case.operation, case.name) for case in kernel_cases()]
-    assert len(set(names)) == len(names)
-    for case in kernel_cases():
-        assert case.num_bytes > 0
-        assert case.num_flops > 0
+    assert_distinct(kernel_cases())

@@ -190,6 +190,23 @@ def test_reference_has_gradients():
     check_grads(total, arrays, 1, ["rev"], atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("implementation", ["gpu_triton", "tpu"])
+def test_blocks_outside_the_pool_are_not_read(implementation):
+    case = dataclasses.replace(BY_NAME["mixed"], lengths=(1, 40), num_new=(1, 9))
+    q_latent, q_rope, pool, tables, *rest = make_arrays(case)
+    target = TARGETS[implementation]
+    attend = jax.jit(partial(call, implementation=implementation, target=target))
+    for bad in (-1, 2**31 - 1):
+        tables[:, 0] = bad
+        clipped = np.clip(tables, 0, len(pool) - 1)
+        outs = [
+            attend(q_latent, q_rope, np.nan_to_num(pool), each, *rest)
+            for each in (tables, clipped)
+        ]
+        np.testing.assert_array_equal(*outs)
+        check_races(implementation)
+
+
 def test_a_factor_of_the_latents_may_be_an_array():
     arrays = [jnp.asarray(a) for a in make_arrays(BY_NAME["one_row"])]
     options = {"implementation": "reference"}

@@ -15,13 +15,16 @@ from pallas_kernels.paged_attention.gpu_mosaic import (
     split_keys,
 )
 from tests.pallas_kernels.mosaic_simulator import simulated, simulator
-
-TOLERANCE = {"bfloat16": 1e-2, "float16": 1e-3}
-HEADS = {"num_heads": 4, "num_kv_heads": 1, "dtype": "bfloat16"}
-H200 = Target("gpu", "sm_90", "h200", 132)
+from tests.pallas_kernels.paged_cache import (
+    H200,
+    MOSAIC_HEADS,
+    TOLERANCE,
+    assert_close,
+    check_blocks_outside,
+)
 
 SMALL = (
-    AttentionCase("split", (600, 0), (1, 0), **HEADS),
+    AttentionCase("split", (600, 0), (1, 0), **MOSAIC_HEADS),
     AttentionCase(
         "everything",
         (1, 75),
@@ -30,26 +33,30 @@ SMALL = (
         soft_cap=3.0,
         has_sinks=True,
         has_alibi=True,
-        **HEADS,
+        **MOSAIC_HEADS,
     ),
 )
-WIDE = {**HEADS, "head_dim": 128}
+WIDE = {**MOSAIC_HEADS, "head_dim": 128}
 MANY = (
-    AttentionCase("edges", (1, 15, 16, 17, 63, 64, 65, 0), (1,) * 7 + (0,), **HEADS),
-    AttentionCase("long_and_short", (3000, 5), (1, 1), **HEADS),
+    AttentionCase(
+        "edges", (1, 15, 16, 17, 63, 64, 65, 0), (1,) * 7 + (0,), **MOSAIC_HEADS
+    ),
+    AttentionCase("long_and_short", (3000, 5), (1, 1), **MOSAIC_HEADS),
     AttentionCase("two_kv_heads", (70,), (1,), 6, 2, 64, 16, "float16"),
     AttentionCase("width_128", (200,), (1,), 8, 1, 128, 16, "float16"),
     AttentionCase("width_256", (200,), (1,), 2, 1, 256, 16, "bfloat16"),
     AttentionCase("blocks_of_8", (100, 7), (1, 1), 4, 1, 64, 8, "bfloat16"),
     AttentionCase("blocks_of_128", (300, 7), (1, 1), 4, 1, 64, 128, "bfloat16"),
     AttentionCase("more_tiles_than_stages", (1500,), (1,), window=1400, **WIDE),
-    AttentionCase("window_of_one", (5, 200), (1, 1), window=1, **HEADS),
-    AttentionCase("window", (5, 16, 17, 700), (1,) * 4, window=16, **HEADS),
-    AttentionCase("soft_cap", (60, 200), (1, 1), soft_cap=2.0, **HEADS),
-    AttentionCase("sinks", (1, 200, 0), (1, 1, 0), has_sinks=True, **HEADS),
-    AttentionCase("alibi", (60, 200), (1, 1), has_alibi=True, **HEADS),
-    AttentionCase("verify", (2, 33, 200), (4, 4, 4), **HEADS),
-    AttentionCase("shared_blocks", (70, 64, 100), (1,) * 3, shared_blocks=3, **HEADS),
+    AttentionCase("window_of_one", (5, 200), (1, 1), window=1, **MOSAIC_HEADS),
+    AttentionCase("window", (5, 16, 17, 700), (1,) * 4, window=16, **MOSAIC_HEADS),
+    AttentionCase("soft_cap", (60, 200), (1, 1), soft_cap=2.0, **MOSAIC_HEADS),
+    AttentionCase("sinks", (1, 200, 0), (1, 1, 0), has_sinks=True, **MOSAIC_HEADS),
+    AttentionCase("alibi", (60, 200), (1, 1), has_alibi=True, **MOSAIC_HEADS),
+    AttentionCase("verify", (2, 33, 200), (4, 4, 4), **MOSAIC_HEADS),
+    AttentionCase(
+        "shared_blocks", (70, 64, 100), (1,) * 3, shared_blocks=3, **MOSAIC_HEADS
+    ),
 )
 
 
@@ -81,8 +88,7 @@ def check(case, monkeypatch, num_cores=1, kv_dtype=None):
     with simulator(monkeypatch):
         out = jax.jit(attend)(*map(jnp.asarray, arrays))
         out = np.asarray(out, np.float64)
-    tolerance = TOLERANCE[case.dtype]
-    np.testing.assert_allclose(out, expected, atol=tolerance, rtol=tolerance)
+    assert_close(out, expected, TOLERANCE[case.dtype])
 
 
 def fields(case):
@@ -101,8 +107,27 @@ def test_all_cases_equal_float64(case, monkeypatch):
 
 
 @pytest.mark.kernels
+def test_blocks_outside_the_pool_are_not_read(monkeypatch):
+    case = AttentionCase("outside", (60, 33), (1, 1), **MOSAIC_HEADS)
+    problem = make_problem(case, num_padding=0)
+
+    @jax.jit
+    def attend(*arrays):
+        return paged_attention_gpu_mosaic(
+            *arrays, problem.options, None, target=simulated()
+        )
+
+    def run(each):
+        arrays = (each.q[:, None], each.kv, each.block_tables, each.lengths)
+        return np.asarray(attend(*map(jnp.asarray, arrays)))
+
+    with simulator(monkeypatch):
+        check_blocks_outside(run, problem)
+
+
+@pytest.mark.kernels
 def test_cache_of_bits(monkeypatch):
-    case = AttentionCase("bits", (60, 7), (1, 1), **HEADS)
+    case = AttentionCase("bits", (60, 7), (1, 1), **MOSAIC_HEADS)
     check(case, monkeypatch, kv_dtype=np.uint16)
 
 
@@ -186,7 +211,9 @@ def test_only_the_simulator_interprets():
 
 
 def test_lowers_for_cuda():
-    case = AttentionCase("lower", (600,), (1,), has_sinks=True, has_alibi=True, **HEADS)
+    case = AttentionCase(
+        "lower", (600,), (1,), has_sinks=True, has_alibi=True, **MOSAIC_HEADS
+    )
     problem = make_problem(case, num_padding=0)
 
     def attend(*arrays):

@@ -11,20 +11,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.extend.core import jaxprs_in_params
 
 from pallas_kernels import paged_attention
 from pallas_kernels.common.cases import AttentionCase, make_problem, solve
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.common.target import Target
 from pallas_kernels.paged_attention.cases import CASES, VERIFY_CASES
+from tests.pallas_kernels.paged_cache import (
+    LENGTHS,
+    TRITON_TOLERANCE,
+    assert_close,
+    check_blocks_before_the_window,
+    check_blocks_outside,
+    check_options_cost_nothing,
+    check_unused_places,
+    whole_shared_blocks,
+)
 from tests.pallas_kernels.targets import gpu_target
 
 TARGET = gpu_target()
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1.5e-2, "float16": 2e-3}
-LENGTHS = (0, 1, 3, 4, 5, 15, 16, 17, 63, 64, 65, 255, 256, 257, 520)
 QUICK = ("ragged", "width_80", "fp8_e4m3", "window", "sinks")
-OPTIONS = {"window": 2, "soft_cap": 2.0, "has_sinks": True, "has_alibi": True}
 
 
 @functools.cache
@@ -32,9 +38,9 @@ def jitted(target=TARGET):
     return jax.jit(partial(paged_attention, implementation="gpu_triton", target=target))
 
 
-def attend(problem, q, **choice):
+def attend(problem, q=None, **choice):
     return jitted(**choice)(
-        q,
+        problem.q if q is None else q,
         jnp.asarray(problem.kv),
         problem.block_tables,
         problem.lengths,
@@ -57,9 +63,7 @@ def run(case, seed=0, target=TARGET):
 
 
 def check(case, seed=0, target=TARGET):
-    out, expected = run(case, seed, target)
-    tolerance = TOLERANCE[case.dtype]
-    np.testing.assert_allclose(out, expected, atol=tolerance, rtol=tolerance)
+    assert_close(*run(case, seed, target), TRITON_TOLERANCE[case.dtype])
 
 
 @pytest.mark.parametrize(
@@ -87,12 +91,8 @@ def random_case(lengths, **fields):
 
 
 def check_random(lengths, seed, **fields):
-    # Blocks that are shared are full in every row.
-    fields["shared_blocks"] = min(
-        fields.get("shared_blocks", 0), min(lengths) // fields["block_size"]
-    )
     if max(lengths):
-        check(random_case(lengths, **fields), seed)
+        check(random_case(lengths, **whole_shared_blocks(lengths, fields)), seed)
 
 
 @settings(max_examples=4)
@@ -202,41 +202,18 @@ def test_tokens_before_position_zero_give_zeros():
 
 
 def test_places_after_the_length_are_not_read():
-    problem = make_problem(
-        random_case((60, 17), num_heads=2, num_kv_heads=1, head_dim=16), num_padding=0
-    )
-    # Block 0 is the one that an entry which is not loaded stands for.
-    kv = np.concatenate([np.full_like(problem.kv[:1], np.nan), problem.kv])
-    moved = dataclasses.replace(problem, kv=kv, block_tables=problem.block_tables + 1)
-    for each in (problem, moved):
-        out = np.asarray(attend(each, problem.q), np.float64)
-        np.testing.assert_allclose(
-            out.reshape(problem.q.shape), solve(problem), atol=1e-5
-        )
+    case = random_case((60, 17), num_heads=2, num_kv_heads=1, head_dim=16)
+    check_unused_places(attend, make_problem(case, num_padding=0))
 
 
 def test_blocks_outside_the_pool_are_not_read():
-    problem = make_problem(random_case((60, 33)), num_padding=0)
-    problem = dataclasses.replace(problem, kv=np.nan_to_num(problem.kv))
-    for bad in (-1, -(2**31), 10**6, 2**31 - 1):
-        tables = problem.block_tables.copy()
-        tables[:, 0] = bad
-        clipped = np.clip(tables, 0, len(problem.kv) - 1)
-        outs = [
-            attend(dataclasses.replace(problem, block_tables=each), problem.q)
-            for each in (tables, clipped)
-        ]
-        np.testing.assert_array_equal(*outs)
+    check_blocks_outside(attend, make_problem(random_case((60, 33)), num_padding=0))
 
 
 def test_blocks_before_the_window_are_not_read():
     problem = make_problem(random_case((300,), window=20), num_padding=0)
-    expected = attend(problem, problem.q)
-    # The window starts at key 280, in the 17th block: those before may hold anything.
-    kv = problem.kv.copy()
-    kv[problem.block_tables[0, :17]] = np.nan
-    out = attend(dataclasses.replace(problem, kv=kv), problem.q)
-    np.testing.assert_array_equal(out, expected)
+    # The window starts at key 280, in the 17th block.
+    check_blocks_before_the_window(attend, problem, 17)
 
 
 @pytest.mark.parametrize(
@@ -301,24 +278,9 @@ def test_wrong_arguments_are_named():
         )
 
 
-def count_equations(jaxpr, found=None):
-    """Number of operations of each kind in a jaxpr and the ones inside it."""
-    found = {} if found is None else found
-    for equation in jaxpr.eqns:
-        found[equation.primitive.name] = found.get(equation.primitive.name, 0) + 1
-        for inner in jaxprs_in_params(equation.params):
-            count_equations(inner, found)
-    return found
-
-
 def test_a_call_without_options_does_not_pay_for_them():
-    kernels = {}
-    for name in ("", *OPTIONS):
-        fields = {name: OPTIONS[name]} if name else {}
+    def trace(fields):
         problem = make_problem(random_case((40,), **fields), num_padding=0)
-        call = partial(attend, problem)
-        kernels[name] = count_equations(jax.make_jaxpr(call)(problem.q).jaxpr)
-    plain = sum(kernels[""].values())
-    assert all(sum(kernels[name].values()) > plain for name in OPTIONS)
-    assert "tanh" not in kernels[""]
-    assert kernels[""]["pallas_call"] == 1
+        return jax.make_jaxpr(partial(attend, problem))(problem.q)
+
+    check_options_cost_nothing(trace)

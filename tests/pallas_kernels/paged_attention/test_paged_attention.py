@@ -77,6 +77,20 @@ def test_wrong_shapes_are_named(q, kv, word):
         )
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_lengths", "word"), [(2, 3, "lengths has shape"), (3, 2, "3 rows")]
+)
+def test_rows_that_do_not_match_are_named(num_rows, num_lengths, word):
+    with pytest.raises(ValueError, match=word):
+        inspect.unwrap(paged_attention)(
+            jnp.zeros((num_rows, 2, 8)),
+            jnp.zeros((4, 2, 2, 4, 8)),
+            jnp.zeros((2, 1), jnp.int32),
+            jnp.ones(num_lengths, jnp.int32),
+            ScoreOptions(1.0),
+        )
+
+
 def test_work_follows_the_live_tokens_not_the_capacity(monkeypatch):
     """Counts the chunks of keys that are loaded."""
     loaded = []
@@ -91,6 +105,5 @@ def test_work_follows_the_live_tokens_not_the_capacity(monkeypatch):
     kv, q = jnp.zeros((1, 2, 1, 16, 8)), jnp.zeros((4, 2, 8))
     paged_attention(q, kv, tables, lengths, ScoreOptions(1.0)).block_until_ready()
     jax.effects_barrier()
-    # Chunks of 256 keys: the longest of the four rows has two.
-    assert len(loaded) == 4 * 2
-    assert max(loaded) == 256
+    # Chunks of 256 keys, all four rows at once: the longest has two.
+    assert loaded == [0, 256]

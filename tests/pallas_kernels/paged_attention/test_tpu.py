@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import tpu_attention
-from pallas_kernels.common.cases import AttentionCase, make_problem, solve
+from pallas_kernels.common.cases import make_problem, solve
 from pallas_kernels.common.kv_update import NewTokens
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.common.target import Target
@@ -20,24 +18,22 @@ from pallas_kernels.common.tpu_attention_kernel import TileSizes
 from pallas_kernels.paged_attention import tpu
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.paged_attention.update import paged_attention_update
-
-INTERPRET = pltpu.InterpretParams(
-    detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan"
+from tests.pallas_kernels.paged_cache import (
+    TOLERANCE,
+    TPU,
+    TPU_LENGTHS,
+    assert_close,
+    assert_no_races,
+    assert_same,
+    check_blocks_outside,
+    optional,
+    store,
+    tpu_case,
 )
-TARGET = Target("tpu", "v6e", "v6e", 1, interpret=INTERPRET)
-TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1e-3}
-LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
-
-
-def make_case(name, lengths, num_new, **fields):
-    """A small case with the head width of a register."""
-    small = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "block_size": 8}
-    return AttentionCase(name, lengths, num_new, **{**small, **fields})
-
 
 CASES = (
-    make_case("ragged", (1, 7, 8, 0, 9, 40), (1, 1, 1, 0, 1, 1), num_kv_heads=2),
-    make_case(
+    tpu_case("ragged", (1, 7, 8, 0, 9, 40), (1, 1, 1, 0, 1, 1), num_kv_heads=2),
+    tpu_case(
         "everything",
         (70, 5, 33),
         (1, 1, 1),
@@ -51,29 +47,29 @@ CASES = (
     ),
 )
 MATRIX = (
-    make_case("verify", (3, 17, 48), (3, 3, 3)),
-    make_case("before_position_0", (2, 17), (2, 3)),
-    make_case("all_empty", (0, 0), (0, 0)),
-    make_case("long", (200, 3), (1, 1)),
-    make_case("groups_of_7", (20, 9), (1, 1), num_heads=14, num_kv_heads=2),
-    make_case("many_kv_heads", (20, 9), (1, 1), num_heads=10, num_kv_heads=10),
-    make_case("width_256", (20, 9), (1, 1), head_dim=256),
-    make_case("blocks_of_128", (300, 9), (1, 1), block_size=128),
-    make_case("bfloat16", (60, 20), (1, 1), dtype="bfloat16", block_size=16),
-    make_case(
+    tpu_case("verify", (3, 17, 48), (3, 3, 3)),
+    tpu_case("before_position_0", (2, 17), (2, 3)),
+    tpu_case("all_empty", (0, 0), (0, 0)),
+    tpu_case("long", (200, 3), (1, 1)),
+    tpu_case("groups_of_7", (20, 9), (1, 1), num_heads=14, num_kv_heads=2),
+    tpu_case("many_kv_heads", (20, 9), (1, 1), num_heads=10, num_kv_heads=10),
+    tpu_case("width_256", (20, 9), (1, 1), head_dim=256),
+    tpu_case("blocks_of_128", (300, 9), (1, 1), block_size=128),
+    tpu_case("bfloat16", (60, 20), (1, 1), dtype="bfloat16", block_size=16),
+    tpu_case(
         "float16", (60, 20), (1, 1), dtype="float16", kv_dtype="bfloat16", block_size=16
     ),
-    make_case("float32_over_bfloat16", (60,), (1,), kv_dtype="bfloat16", block_size=16),
+    tpu_case("float32_over_bfloat16", (60,), (1,), kv_dtype="bfloat16", block_size=16),
     *(
-        make_case(name, (60, 20), (1, 1), kv_dtype=name, block_size=32)
+        tpu_case(name, (60, 20), (1, 1), kv_dtype=name, block_size=32)
         for name in ("int8", "float8_e4m3fn", "float8_e5m2")
     ),
-    make_case("window", (70, 9, 33), (1, 1, 1), window=9),
-    make_case("window_of_one", (70, 9), (1, 1), window=1),
-    make_case("soft_cap", (70, 9), (1, 1), soft_cap=2.0),
-    make_case("sinks", (70, 0), (1, 0), has_sinks=True),
-    make_case("alibi", (70, 9), (1, 1), has_alibi=True),
-    make_case("shared_blocks", (70, 64), (1, 1), shared_blocks=3),
+    tpu_case("window", (70, 9, 33), (1, 1, 1), window=9),
+    tpu_case("window_of_one", (70, 9), (1, 1), window=1),
+    tpu_case("soft_cap", (70, 9), (1, 1), soft_cap=2.0),
+    tpu_case("sinks", (70, 0), (1, 0), has_sinks=True),
+    tpu_case("alibi", (70, 9), (1, 1), has_alibi=True),
+    tpu_case("shared_blocks", (70, 64), (1, 1), shared_blocks=3),
 )
 
 
@@ -90,7 +86,7 @@ def two_blocks_at_once(monkeypatch):
     monkeypatch.setattr(tpu, "_tile_sizes", sizes)
 
 
-def by_row(problem, case):
+def by_row(case):
     """Maps arrays of the packed tokens to `[S, Q, ...]`; rows may have fewer than Q."""
     num_new = max(max(case.num_new), 1)
     places = [
@@ -104,69 +100,29 @@ def by_row(problem, case):
         out[places] = packed[: len(places)]
         return out.reshape(len(case.lengths), num_new, *packed.shape[1:])
 
-    del problem
     return arrange
 
 
-def optional(array):
-    return None if array is None else jnp.asarray(array)
-
-
-def assert_no_races():
-    assert not interpret_pallas_call.races.races_found
-
-
-def check_attention(case, seed=0):
-    problem = make_problem(case, seed)
-    arrange = by_row(problem, case)
+def attend(problem, q):
     out = jax.jit(paged_attention, static_argnames=("implementation", "target"))(
-        jnp.asarray(arrange(problem.q)),
+        jnp.asarray(q),
         jnp.asarray(problem.kv),
         jnp.asarray(problem.block_tables),
         jnp.asarray(problem.lengths),
         problem.options,
         kv_scales=optional(problem.kv_scales),
         implementation="tpu",
-        target=TARGET,
+        target=TPU,
     )
     assert_no_races()
-    tolerance = TOLERANCE[case.dtype]
-    np.testing.assert_allclose(
-        np.asarray(out, np.float64),
-        arrange(solve(problem)),
-        atol=tolerance,
-        rtol=tolerance,
-    )
+    return out
 
 
-def assert_same(kv, expected):
-    """Float32 holds all values of a cache, and numpy knows its NaN."""
-    np.testing.assert_array_equal(
-        np.asarray(kv).astype(np.float32), expected.astype(np.float32)
-    )
-
-
-def store(problem, case, new):
-    """The pool without the new tokens, and with them; by numpy."""
-    before, after = problem.kv.copy(), problem.kv.copy()
-    garbage = 127 if before.dtype == np.int8 else np.nan
-    stored = new.astype(np.float32)
-    if problem.kv_scales is not None:
-        stored = stored / problem.kv_scales[:, None, :, None]
-    if before.dtype == np.int8:
-        stored = np.clip(np.rint(stored), -128, 127)
-    elif case.kv_dtype in LARGEST:
-        largest = LARGEST[case.kv_dtype]
-        stored = np.clip(stored, -largest, largest)
-    for row, length in enumerate(case.lengths):
-        first, last = problem.row_starts[row : row + 2]
-        for token in range(max(first, last - length), last):
-            run, place = divmod(length - (last - token), case.block_size)
-            block = problem.block_tables[row, run]
-            if block < len(before):
-                before[block, :, :, place] = garbage
-                after[block, :, :, place] = stored[:, token].astype(after.dtype)
-    return before, after
+def check_attention(case, seed=0):
+    problem = make_problem(case, seed)
+    arrange = by_row(case)
+    out = attend(problem, arrange(problem.q))
+    assert_close(out, arrange(solve(problem)), TOLERANCE[case.dtype])
 
 
 def check_update(case, seed=0, scale=1.0):
@@ -175,7 +131,7 @@ def check_update(case, seed=0, scale=1.0):
     shape = (2, len(problem.q), case.num_kv_heads, case.head_dim)
     new = (scale * rng.normal(size=shape)).astype(problem.q.dtype)
     before, after = store(problem, case, new)
-    arrange = by_row(problem, case)
+    arrange = by_row(case)
     update = jax.jit(
         paged_attention_update,
         static_argnames=("implementation", "target"),
@@ -189,17 +145,12 @@ def check_update(case, seed=0, scale=1.0):
         problem.options,
         kv_scales=optional(problem.kv_scales),
         implementation="tpu",
-        target=TARGET,
+        target=TPU,
     )
     assert_no_races()
     assert_same(kv, after)
-    tolerance = TOLERANCE[case.dtype]
-    np.testing.assert_allclose(
-        np.asarray(out, np.float64),
-        arrange(solve(dataclasses.replace(problem, kv=after))),
-        atol=tolerance,
-        rtol=tolerance,
-    )
+    expected = arrange(solve(dataclasses.replace(problem, kv=after)))
+    assert_close(out, expected, TOLERANCE[case.dtype])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -208,7 +159,7 @@ def test_equals_float64(case):
 
 
 def test_update_stores_and_attends():
-    check_update(make_case("update", (9, 3, 17, 0), (3, 3, 3, 0)))
+    check_update(tpu_case("update", (9, 3, 17, 0), (3, 3, 3, 0)))
 
 
 @pytest.mark.kernels
@@ -226,26 +177,30 @@ def test_matrix_of_updates(case):
 @pytest.mark.kernels
 @pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
 def test_what_is_out_of_range_is_stored_as_the_bound(kv_dtype):
-    case = make_case("far", (9, 3), (1, 1), kv_dtype=kv_dtype, block_size=32)
+    case = tpu_case("far", (9, 3), (1, 1), kv_dtype=kv_dtype, block_size=32)
     check_update(case, scale=1e6)
 
 
 @pytest.mark.kernels
 @settings(max_examples=8)
 @given(
-    lengths=st.lists(
-        st.sampled_from([0, 1, 7, 8, 9, 15, 16, 17, 40]), min_size=4, max_size=4
-    ),
+    lengths=st.lists(st.sampled_from(TPU_LENGTHS), min_size=4, max_size=4),
     seed=st.integers(0, 1000),
 )
 def test_any_lengths(lengths, seed):
     new = tuple(min(length, 1) for length in lengths)
-    check_update(make_case("random", tuple(lengths), new), seed)
+    check_update(tpu_case("random", tuple(lengths), new), seed)
+
+
+def test_blocks_outside_the_pool_are_not_read():
+    problem = make_problem(tpu_case("outside", (9, 17), (1, 1)), num_padding=0)
+    few = (-1, 2**31 - 1)
+    check_blocks_outside(lambda each: attend(each, each.q), problem, few)
 
 
 @pytest.mark.kernels
 def test_blocks_outside_the_pool_are_not_written():
-    case = make_case("outside", (9, 17), (1, 1))
+    case = tpu_case("outside", (9, 17), (1, 1))
     problem = make_problem(case)
     tables = problem.block_tables.copy()
     tables[:, :3] = [[0, -3, 0], [1, 2, len(problem.kv) + 100]]
@@ -257,7 +212,7 @@ def test_blocks_outside_the_pool_are_not_written():
         jnp.asarray(problem.lengths),
         problem.options,
         implementation="tpu",
-        target=TARGET,
+        target=TPU,
     )
     assert_no_races()
     assert not np.any(np.asarray(kv))
@@ -315,12 +270,12 @@ def test_what_is_not_supported_says_why(change, word):
 
 
 def test_reference_update_equals_float64():
-    case = make_case("reference", (9, 3, 17, 0), (2, 2, 2, 0), head_dim=8)
+    case = tpu_case("reference", (9, 3, 17, 0), (2, 2, 2, 0), head_dim=8)
     problem = make_problem(case)
     rng = np.random.default_rng(0)
     new = rng.normal(size=(2, len(problem.q), 1, 8)).astype(np.float32)
     before, after = store(problem, case, new)
-    arrange = by_row(problem, case)
+    arrange = by_row(case)
     out, kv = paged_attention_update(
         NewTokens(*(jnp.asarray(arrange(x)) for x in (problem.q, new[0], new[1]))),
         jnp.asarray(before),

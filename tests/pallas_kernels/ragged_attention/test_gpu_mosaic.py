@@ -10,13 +10,16 @@ from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.common.target import Target
 from pallas_kernels.ragged_attention.gpu_mosaic import ragged_attention_gpu_mosaic
 from tests.pallas_kernels.mosaic_simulator import simulated, simulator
-
-TOLERANCE = {"bfloat16": 1e-2, "float16": 1e-3}
-HEADS = {"num_heads": 4, "num_kv_heads": 1, "dtype": "bfloat16"}
-H200 = Target("gpu", "sm_90", "h200", 132)
+from tests.pallas_kernels.paged_cache import (
+    H200,
+    MOSAIC_HEADS,
+    TOLERANCE,
+    assert_close,
+    check_blocks_outside,
+)
 
 SMALL = (
-    AttentionCase("mixed", (300, 0, 1, 40), (40, 0, 1, 9), **HEADS),
+    AttentionCase("mixed", (300, 0, 1, 40), (40, 0, 1, 9), **MOSAIC_HEADS),
     AttentionCase(
         "everything",
         (150, 33),
@@ -25,15 +28,15 @@ SMALL = (
         soft_cap=3.0,
         has_sinks=True,
         has_alibi=True,
-        **HEADS,
+        **MOSAIC_HEADS,
     ),
 )
-WIDE = {**HEADS, "head_dim": 128}
+WIDE = {**MOSAIC_HEADS, "head_dim": 128}
 MANY = (
     AttentionCase(
-        "edges", (1, 15, 16, 17, 63, 64, 65), (1, 15, 3, 17, 9, 2, 1), **HEADS
+        "edges", (1, 15, 16, 17, 63, 64, 65), (1, 15, 3, 17, 9, 2, 1), **MOSAIC_HEADS
     ),
-    AttentionCase("long_prefix", (3000,), (5,), **HEADS),
+    AttentionCase("long_prefix", (3000,), (5,), **MOSAIC_HEADS),
     AttentionCase("groups_of_7", (700, 9), (70, 2), 7, 1, 128, 32, "float16"),
     AttentionCase("no_groups", (200,), (130,), 2, 2, 64, 16, "float16"),
     AttentionCase("width_256", (200,), (40,), 4, 1, 256, 16, "bfloat16"),
@@ -41,12 +44,12 @@ MANY = (
     AttentionCase("blocks_of_128", (300, 7), (30, 7), 4, 1, 64, 128, "bfloat16"),
     AttentionCase("blocks_of_256", (300, 7), (30, 7), 4, 1, 64, 256, "bfloat16"),
     AttentionCase("more_tiles_than_stages", (700,), (4,), window=600, **WIDE),
-    AttentionCase("window_of_one", (5, 200), (5, 40), window=1, **HEADS),
-    AttentionCase("window", (5, 16, 700), (1, 16, 40), window=16, **HEADS),
-    AttentionCase("soft_cap", (60, 200), (7, 1), soft_cap=2.0, **HEADS),
-    AttentionCase("sinks", (1, 200), (1, 40), has_sinks=True, **HEADS),
-    AttentionCase("alibi", (60, 200), (7, 40), has_alibi=True, **HEADS),
-    AttentionCase("shared_blocks", (70, 64), (5, 1), shared_blocks=3, **HEADS),
+    AttentionCase("window_of_one", (5, 200), (5, 40), window=1, **MOSAIC_HEADS),
+    AttentionCase("window", (5, 16, 700), (1, 16, 40), window=16, **MOSAIC_HEADS),
+    AttentionCase("soft_cap", (60, 200), (7, 1), soft_cap=2.0, **MOSAIC_HEADS),
+    AttentionCase("sinks", (1, 200), (1, 40), has_sinks=True, **MOSAIC_HEADS),
+    AttentionCase("alibi", (60, 200), (7, 40), has_alibi=True, **MOSAIC_HEADS),
+    AttentionCase("shared_blocks", (70, 64), (5, 1), shared_blocks=3, **MOSAIC_HEADS),
 )
 
 
@@ -63,8 +66,7 @@ def check(case, monkeypatch, kv_dtype=None):
     with simulator(monkeypatch):
         out = jax.jit(attend)(*map(jnp.asarray, (problem.q, kv, *tables)))
         out = np.asarray(out, np.float64)
-    tolerance = TOLERANCE[case.dtype]
-    np.testing.assert_allclose(out, solve(problem), atol=tolerance, rtol=tolerance)
+    assert_close(out, solve(problem), TOLERANCE[case.dtype])
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
@@ -79,8 +81,28 @@ def test_all_cases_equal_float64(case, monkeypatch):
 
 
 @pytest.mark.kernels
+def test_blocks_outside_the_pool_are_not_read(monkeypatch):
+    problem = make_problem(AttentionCase("bad", (60, 33), (5, 33), **MOSAIC_HEADS))
+
+    @jax.jit
+    def attend(*arrays):
+        return ragged_attention_gpu_mosaic(
+            *arrays, problem.options, None, target=simulated()
+        )
+
+    def run(each):
+        tables = (each.block_tables, each.row_starts, each.lengths)
+        return np.asarray(attend(*map(jnp.asarray, (each.q, each.kv, *tables))))
+
+    with simulator(monkeypatch):
+        check_blocks_outside(run, problem)
+
+
+@pytest.mark.kernels
 def test_cache_of_bits(monkeypatch):
-    check(AttentionCase("bits", (60, 7), (3, 7), **HEADS), monkeypatch, np.uint16)
+    check(
+        AttentionCase("bits", (60, 7), (3, 7), **MOSAIC_HEADS), monkeypatch, np.uint16
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +129,7 @@ def test_what_is_not_supported_is_named(num_heads, dtype, generation, word):
 
 def test_lowers_for_cuda():
     case = AttentionCase(
-        "lower", (600,), (40,), has_sinks=True, has_alibi=True, **HEADS
+        "lower", (600,), (40,), has_sinks=True, has_alibi=True, **MOSAIC_HEADS
     )
     problem = make_problem(case)
 

@@ -11,20 +11,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.extend.core import jaxprs_in_params
 
 from pallas_kernels import ragged_attention
 from pallas_kernels.common.cases import AttentionCase, make_problem, solve
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.common.target import Target
 from pallas_kernels.ragged_attention.cases import CASES
+from pallas_kernels.ragged_attention.tiles import TokenRuns
+from tests.pallas_kernels.paged_cache import (
+    LENGTHS,
+    TRITON_TOLERANCE,
+    assert_close,
+    check_blocks_before_the_window,
+    check_blocks_outside,
+    check_options_cost_nothing,
+    check_unused_places,
+    whole_shared_blocks,
+)
 from tests.pallas_kernels.targets import gpu_target
 
 TARGET = gpu_target()
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1.5e-2, "float16": 2e-3}
-LENGTHS = (0, 1, 3, 4, 5, 15, 16, 17, 63, 64, 65, 255, 256, 257, 520)
 QUICK = ("mixed", "width_80", "fp8_e4m3", "window", "sinks", "everything")
-OPTIONS = {"window": 2, "soft_cap": 2.0, "has_sinks": True, "has_alibi": True}
 
 
 @functools.cache
@@ -39,8 +46,7 @@ def attend(problem, q=None, **choice):
         problem.q if q is None else q,
         jnp.asarray(problem.kv),
         problem.block_tables,
-        problem.row_starts,
-        problem.lengths,
+        TokenRuns(problem.row_starts, problem.lengths),
         problem.options,
         kv_scales=problem.kv_scales,
     )
@@ -48,13 +54,7 @@ def attend(problem, q=None, **choice):
 
 def check(case, seed=0, num_padding=3):
     problem = make_problem(case, seed, num_padding)
-    tolerance = TOLERANCE[case.dtype]
-    np.testing.assert_allclose(
-        np.asarray(attend(problem), np.float64),
-        solve(problem),
-        atol=tolerance,
-        rtol=tolerance,
-    )
+    assert_close(attend(problem), solve(problem), TRITON_TOLERANCE[case.dtype])
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,7 @@ def rows(draw, max_rows):
 
 def check_rows(lengths_and_new, seed, num_padding=3, **fields):
     lengths, new = lengths_and_new
-    # Blocks that are shared are full in every row.
-    fields["shared_blocks"] = min(
-        fields.get("shared_blocks", 0), min(lengths) // fields["block_size"]
-    )
+    fields = whole_shared_blocks(lengths, fields)
     check(AttentionCase("random", lengths, new, **fields), seed, num_padding)
 
 
@@ -209,41 +206,19 @@ def test_padding_gives_zeros_whatever_it_holds():
 
 
 def test_places_after_the_length_are_not_read():
-    problem = make_problem(AttentionCase("garbage", (60, 17), (5, 17), head_dim=16))
-    # Block 0 is the one that an entry which is not loaded stands for.
-    kv = np.concatenate([np.full_like(problem.kv[:1], np.nan), problem.kv])
-    moved = dataclasses.replace(problem, kv=kv, block_tables=problem.block_tables + 1)
-    for each in (problem, moved):
-        out = np.asarray(attend(each), np.float64)
-        np.testing.assert_allclose(
-            out.reshape(problem.q.shape), solve(problem), atol=1e-5
-        )
+    case = AttentionCase("garbage", (60, 17), (5, 17), head_dim=16)
+    check_unused_places(attend, make_problem(case))
 
 
 def test_blocks_outside_the_pool_are_not_read():
     case = AttentionCase("bad", (60, 33), (5, 33), head_dim=16)
-    problem = make_problem(case)
-    problem = dataclasses.replace(problem, kv=np.nan_to_num(problem.kv))
-    for bad in (-1, -(2**31), 10**6, 2**31 - 1):
-        tables = problem.block_tables.copy()
-        tables[:, 0] = bad
-        clipped = np.clip(tables, 0, len(problem.kv) - 1)
-        outs = [
-            attend(dataclasses.replace(problem, block_tables=each))
-            for each in (tables, clipped)
-        ]
-        np.testing.assert_array_equal(*outs)
+    check_blocks_outside(attend, make_problem(case))
 
 
 def test_blocks_before_the_window_are_not_read():
     case = AttentionCase("window", (300,), (10,), head_dim=16, window=20)
-    problem = make_problem(case)
-    expected = attend(problem)
     # The first token, at 290, sees keys from 271 on, in the 17th block.
-    kv = problem.kv.copy()
-    kv[problem.block_tables[0, :16]] = np.nan
-    out = attend(dataclasses.replace(problem, kv=kv))
-    np.testing.assert_array_equal(out, expected)
+    check_blocks_before_the_window(attend, make_problem(case), 16)
 
 
 @pytest.mark.parametrize(
@@ -261,8 +236,9 @@ def test_what_cannot_be_done_is_refused(heads, width, dtype, kv_dtype, target, w
         jax.ShapeDtypeStruct((4, heads, width), dtype),
         jax.ShapeDtypeStruct((2, 2, 1, 16, width), kv_dtype),
         jax.ShapeDtypeStruct((1, 1), jnp.int32),
-        jax.ShapeDtypeStruct((2,), jnp.int32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
+        TokenRuns(
+            jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        ),
     )
     call = partial(
         ragged_attention,
@@ -277,36 +253,22 @@ def test_what_cannot_be_done_is_refused(heads, width, dtype, kv_dtype, target, w
 
 def test_wrong_arguments_are_named():
     q, kv = jnp.zeros((1, 2, 16)), jnp.zeros((2, 2, 1, 4, 16))
-    tables, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
+    runs = TokenRuns(jnp.array([0, 1]), jnp.ones(1, jnp.int32))
     with pytest.raises(ValueError, match="soft_cap=-1"):
         inspect.unwrap(ragged_attention)(
             q,
             kv,
-            tables,
-            jnp.array([0, 1]),
-            lengths,
+            jnp.zeros((1, 1), jnp.int32),
+            runs,
             ScoreOptions(1.0, soft_cap=-1.0),
             implementation="gpu_triton",
             target=TARGET,
         )
 
 
-def count_equations(jaxpr):
-    """Number of operations in a jaxpr and the ones inside it, and the names of all."""
-    names = [equation.primitive.name for equation in jaxpr.eqns]
-    for equation in jaxpr.eqns:
-        for inner in jaxprs_in_params(equation.params):
-            names += count_equations(inner)
-    return names
-
-
 def test_a_call_without_options_does_not_pay_for_them():
-    names = {}
-    for option in ("", *OPTIONS):
-        fields = {option: OPTIONS[option]} if option else {}
+    def trace(fields):
         problem = make_problem(AttentionCase("any", (40,), (4,), **fields))
-        call = partial(attend, problem)
-        names[option] = count_equations(jax.make_jaxpr(call)(problem.q).jaxpr)
-    assert all(len(names[option]) > len(names[""]) for option in OPTIONS)
-    assert "tanh" in names["soft_cap"]
-    assert "tanh" not in names[""]
+        return jax.make_jaxpr(partial(attend, problem))(problem.q)
+
+    check_options_cost_nothing(trace)

@@ -15,8 +15,8 @@ from pallas_kernels import ragged_attention
 from pallas_kernels.common.cases import AttentionCase, make_problem, solve
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.ragged_attention.cases import CASES
-
-TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1e-3}
+from pallas_kernels.ragged_attention.tiles import TokenRuns
+from tests.pallas_kernels.paged_cache import TOLERANCE, assert_close
 
 
 def run(case, implementation, seed=0, num_padding=3):
@@ -26,8 +26,7 @@ def run(case, implementation, seed=0, num_padding=3):
         jnp.asarray(problem.q),
         jnp.asarray(problem.kv),
         problem.block_tables,
-        problem.row_starts,
-        problem.lengths,
+        TokenRuns(problem.row_starts, problem.lengths),
         problem.options,
         kv_scales=problem.kv_scales,
     )
@@ -37,9 +36,7 @@ def run(case, implementation, seed=0, num_padding=3):
 @pytest.mark.parametrize("implementation", ["reference", "blocked"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_float64(case, implementation):
-    out, expected = run(case, implementation)
-    tolerance = TOLERANCE[case.dtype]
-    np.testing.assert_allclose(out, expected, atol=tolerance, rtol=tolerance)
+    assert_close(*run(case, implementation), TOLERANCE[case.dtype])
 
 
 @settings(max_examples=10)
@@ -69,8 +66,7 @@ def test_reference_is_differentiable():
             jnp.asarray(q),
             jnp.asarray(kv),
             jnp.asarray(problem.block_tables),
-            jnp.asarray(problem.row_starts),
-            jnp.asarray(problem.lengths),
+            TokenRuns(*map(jnp.asarray, (problem.row_starts, problem.lengths))),
             problem.options,
             implementation="reference",
         )
@@ -79,13 +75,19 @@ def test_reference_is_differentiable():
     check_grads(total, (jnp.asarray(problem.q), jnp.asarray(kv)), 1, ["rev"], eps=1e-2)
 
 
-def test_row_starts_must_match_the_rows():
-    with pytest.raises(ValueError, match="row_starts"):
+@pytest.mark.parametrize(
+    ("num_starts", "num_lengths", "word"),
+    [(3, 3, "starts has shape"), (3, 2, "lengths has shape")],
+)
+def test_there_must_be_a_run_for_each_row(num_starts, num_lengths, word):
+    runs = TokenRuns(
+        jnp.zeros(num_starts, jnp.int32), jnp.zeros(num_lengths, jnp.int32)
+    )
+    with pytest.raises(ValueError, match=word):
         inspect.unwrap(ragged_attention)(
             jnp.zeros((2, 2, 4)),
             jnp.zeros((1, 2, 1, 4, 4)),
             jnp.zeros((3, 1), jnp.int32),
-            jnp.zeros(3, jnp.int32),
-            jnp.zeros(3, jnp.int32),
+            runs,
             ScoreOptions(1.0),
         )
