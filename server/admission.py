@@ -4,6 +4,7 @@ import asyncio
 import collections
 import math
 import time
+from typing import NoReturn
 
 from server.errors import overloaded
 
@@ -25,12 +26,25 @@ class Admission:
         self._departures: collections.deque[tuple[float, int]] = collections.deque(
             maxlen=RATE_WINDOW
         )
+        self._num_departed = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self.num_queued = 0
         self.num_queued_tokens = 0
         self.num_open = 0
         self.num_rejected = 0
+
+    def check_room(self) -> None:
+        """Refuses early: a full queue has no room, whatever is asked for.
+
+        Raises:
+            ApiError: The queue is full; says when to try again.
+        """
+        if (
+            self.num_queued >= self._max_sequences
+            or self.num_queued_tokens >= self._max_tokens
+        ):
+            self._reject()
 
     def reserve(self, num_sequences: int, num_tokens: int) -> "Slot":
         """Takes a place in the queue for a request whose tokens are estimated.
@@ -42,8 +56,7 @@ class Admission:
             self.num_queued + num_sequences > self._max_sequences
             or self.num_queued_tokens + num_tokens > self._max_tokens
         ):
-            self.num_rejected += 1
-            raise overloaded(self._retry_after())
+            self._reject()
         self.num_open += 1
         self._idle.clear()
         return Slot(self, num_sequences, num_tokens)
@@ -57,7 +70,10 @@ class Admission:
         self.num_queued += num_sequences
         self.num_queued_tokens += num_tokens
         if num_sequences < 0:
+            if len(self._departures) == RATE_WINDOW:
+                self._num_departed -= self._departures[0][1]
             self._departures.append((time.monotonic(), -num_sequences))
+            self._num_departed -= num_sequences
 
     def leave(self) -> None:
         """Counts the end of a request."""
@@ -65,12 +81,16 @@ class Admission:
         if not self.num_open:
             self._idle.set()
 
+    def _reject(self) -> NoReturn:
+        self.num_rejected += 1
+        raise overloaded(self._retry_after())
+
     def _retry_after(self) -> int:
         """Seconds until the queue has gone, at the speed of the last departures."""
         if len(self._departures) < 2:
             return 1
         seconds = time.monotonic() - self._departures[0][0]
-        count = sum(number for _, number in self._departures)
+        count = self._num_departed
         wait = math.ceil(self.num_queued * seconds / count)
         return min(max(wait, 1), MAX_RETRY_SECONDS)
 

@@ -9,6 +9,14 @@ from aiohttp import web
 
 from server.call import Call
 
+# Made once: `json.dumps` would make one for every text.
+_encoder = json.JSONEncoder(separators=(",", ":"))
+
+
+def to_json(value: Any) -> str:
+    """JSON on one line, in ASCII."""
+    return _encoder.encode(value)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Envelope:
@@ -59,5 +67,5 @@ def usage(call: Call, num_completion_tokens: int | None = None) -> dict[str, Any
 
 def json_response(value: Any, status: int = 200) -> web.Response:
     """A JSON answer."""
-    body = json.dumps(value, separators=(",", ":")).encode()
+    body = to_json(value).encode()
     return web.Response(body=body, status=status, content_type="application/json")

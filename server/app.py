@@ -9,7 +9,16 @@ from server.auth import Guard
 from server.cors import Cors
 from server.openapi import show_openapi
 from server.page import page_routes
-from server.routes import chat, completions, models, profile, responses, status, tokens
+from server.routes import (
+    chat,
+    completions,
+    embeddings,
+    models,
+    profile,
+    responses,
+    status,
+    tokens,
+)
 from server.state import SERVER, Server
 
 
@@ -37,6 +46,7 @@ def make_app(server: Server, keys: Sequence[str] = ()) -> web.Application:
         [
             web.post("/v1/completions", completions.create_completion),
             web.post("/v1/chat/completions", chat.create_chat_completion),
+            web.post("/v1/embeddings", embeddings.create_embedding),
             web.post("/v1/responses", responses.create_response),
             web.get("/v1/responses/{id}", responses.show_response),
             web.delete("/v1/responses/{id}", responses.delete_response),

@@ -97,13 +97,20 @@ class CompletionChoice:
             if options.wants_logprobs:
                 scores = piece.prompt_logprobs or [None] * len(self._prompt_token_ids)
                 pairs = zip(self._prompt_token_ids, scores, strict=True)
-                for token_id, entry in pairs:
-                    self._logprobs.add(token_id, entry)
+                for i, (token_id, entry) in enumerate(pairs):
+                    is_left_out = i == 0 and self._is_added(token_id)
+                    self._logprobs.add(token_id, entry, is_left_out=is_left_out)
         self._has_begun = True
         if options.wants_logprobs and entries is not None:
             for token_id, entry in zip(tokens, entries, strict=True):
                 self._logprobs.add(token_id, entry)
         return text
+
+    def _is_added(self, token_id: int) -> bool:
+        """Whether the first token of the prompt was put in front of the text."""
+        llm = self._options.names.llm
+        is_bos = token_id == llm.get_tokenizer().bos_token_id
+        return is_bos and not self._prompt_text.startswith(llm.token_text(token_id))
 
     def _choice(self, text: str, completion: CompletionOutput | None) -> dict[str, Any]:
         has_scores = self._options.wants_logprobs and completion is not None

@@ -1,33 +1,15 @@
 """Runs the prompts of one request; gives what they bring as pieces of its outputs."""
 
-import asyncio
-import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from jllm import (
-    CompletionOutput,
-    EngineStoppedError,
-    RequestOutput,
-    RequestOutputKind,
-    SamplingParams,
-)
+from jllm import CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
 from server.call import Call
-from server.errors import (
-    ApiError,
-    FieldNames,
-    engine_dead,
-    failed_sequence,
-    from_engine,
-    unavailable,
-)
-from server.llm import Outputs
+from server.errors import FieldNames, failed_sequence, unavailable
 from server.state import Server
-
-MAX_PENDING = 2
-"""Outputs per prompt that wait while another one's are being sent."""
+from server.submission import Submission, engine_errors
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,8 +44,8 @@ class Piece:
     prompt_logprobs: list[Any] | None = None
 
 
-class Generation:
-    """The engine's requests behind one HTTP request; closed, they all end."""
+class Generation(Submission):
+    """Prompts that are completed."""
 
     def __init__(
         self, server: Server, call: Call, jobs: Sequence[Job], names: FieldNames
@@ -76,62 +58,10 @@ class Generation:
             jobs: Its prompts.
             names: What the request calls the engine's parameters.
         """
-        self._llm = server.llm
+        super().__init__(server, call, jobs, names)
         self._metrics = server.metrics
-        self._call = call
         self._jobs = jobs
-        self._names = names
-        self._outputs: list[Outputs | None] = [None] * len(jobs)
-        self._tasks: list[asyncio.Task[None]] = []
         self._last_times: dict[tuple[int, int], float] = {}
-
-    async def open(self) -> None:
-        """Queues all prompts; afterwards none is refused any more.
-
-        Raises:
-            ApiError: The engine refuses one.
-        """
-        async with self._call.limit():
-            if len(self._jobs) == 1:
-                await self._open_one(0)
-            else:
-                # The engine takes requests between steps: all at once, not in turn.
-                results = await asyncio.gather(
-                    *(self._open_one(i) for i in range(len(self._jobs))),
-                    return_exceptions=True,
-                )
-                for result in results:
-                    if isinstance(result, BaseException):
-                        raise result
-        self._call.num_prompt_tokens = sum(map(len, self.prompt_token_ids))
-        self._call.slot.settle(self._call.num_prompt_tokens)
-
-    async def _open_one(self, i: int) -> None:
-        job = self._jobs[i]
-        name = self._call.request_id
-        if len(self._jobs) > 1:
-            name = f"{name}-{i}"
-        with engine_errors(self._names):
-            self._outputs[i] = await self._llm.submit(
-                job.prompt,
-                job.params,
-                name,
-                priority=job.priority,
-                on_first_token=self._call.note_start,
-            )
-
-    @property
-    def prompt_token_ids(self) -> list[Sequence[int]]:
-        """Tokens of each prompt."""
-        return [outputs.prompt_token_ids for outputs in self._outputs if outputs]
-
-    def close(self) -> None:
-        """Ends what still runs; may be called again."""
-        for task in self._tasks:
-            task.cancel()
-        for outputs in self._outputs:
-            if outputs is not None:
-                outputs.close()
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Gives the news of all outputs as they come.
@@ -140,34 +70,11 @@ class Generation:
             ApiError: The engine has failed, or one of the outputs.
         """
         with engine_errors(self._names):
-            async for i, output in self._merged():
+            async for i, output in self.merged():
                 self._note(i, output)
                 first = sum(job.num_outputs for job in self._jobs[:i])
                 for piece in self._split(i, first, output):
                     yield piece
-
-    async def _merged(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        if len(self._jobs) == 1:
-            only = self._outputs[0]
-            assert only is not None
-            async for output in only:
-                yield 0, output
-            return
-        size = MAX_PENDING * len(self._jobs)
-        news: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue(size)
-        loop = asyncio.get_running_loop()
-        self._tasks = [
-            loop.create_task(_pump(i, outputs, news))
-            for i, outputs in enumerate(self._outputs)
-            if outputs is not None
-        ]
-        num_running = len(self._tasks)
-        while num_running:
-            i, item = await news.get()
-            if isinstance(item, Exception):
-                raise item
-            num_running -= item.finished
-            yield i, item
 
     def _note(self, i: int, output: RequestOutput) -> None:
         """Counts tokens; those of a copied output count once per copy."""
@@ -206,33 +113,3 @@ class Generation:
             if completion.finish_reason is not None:
                 self._call.reasons += [completion.finish_reason] * len(copies)
         return found
-
-
-async def _pump(
-    i: int,
-    outputs: Outputs,
-    news: "asyncio.Queue[tuple[int, RequestOutput | Exception]]",
-) -> None:
-    """Moves the outputs of one prompt into the queue of all."""
-    try:
-        async for output in outputs:
-            await news.put((i, output))
-    # Whatever it is belongs to the reader of the queue.
-    except Exception as error:  # noqa: BLE001
-        await news.put((i, error))
-
-
-@contextlib.contextmanager
-def engine_errors(names: FieldNames) -> Generator[None]:
-    """Turns errors of the engine into answers."""
-    try:
-        yield
-    except ApiError:
-        raise
-    except EngineStoppedError as error:
-        raise engine_dead() from error
-    except Exception as error:
-        answer = from_engine(error, names)
-        if answer is None:
-            raise
-        raise answer from error

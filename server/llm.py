@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
-from jllm import EngineStats, RequestOutput, SamplingParams
+from jllm import EngineStats, SamplingParams
 
 
 class Outputs(Protocol):
@@ -14,7 +14,7 @@ class Outputs(Protocol):
         """Tokens of the prompt."""
         ...
 
-    def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
+    def __aiter__(self) -> AsyncIterator[Any]: ...
 
     def close(self) -> None:
         """Ends the request; may be called again."""

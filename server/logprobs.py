@@ -85,12 +85,21 @@ class CompletionLogprobs:
         self._tops: list[dict[str, float] | None] = []
         self._offsets: list[int] = []
 
-    def add(self, token_id: int, entry: Entry | None) -> None:
-        """Adds a token; the first one of a prompt has no score."""
+    def add(
+        self, token_id: int, entry: Entry | None, *, is_left_out: bool = False
+    ) -> None:
+        """Adds a token.
+
+        Args:
+            token_id: The token.
+            entry: Its score; the first one of a prompt has none.
+            is_left_out: It is no part of the text, such as a BOS that was put in front.
+        """
         text = self._names.name(token_id, entry[token_id] if entry else None)
         self._tokens.append(text)
         self._offsets.append(self._offset)
-        self._offset += len(self._names.llm.token_text(token_id))
+        if not is_left_out:
+            self._offset += len(self._names.llm.token_text(token_id))
         if entry is None:
             self._scores.append(None)
             self._tops.append(None)

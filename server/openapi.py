@@ -11,6 +11,7 @@ from server.answer import json_response
 from server.protocol.base import ErrorResponse
 from server.protocol.chat import ChatCompletionRequest, ChatCompletionResponse
 from server.protocol.completions import CompletionRequest, CompletionResponse
+from server.protocol.embeddings import EmbeddingRequest, EmbeddingResponse
 from server.protocol.models import (
     EngineState,
     ModelCard,
@@ -33,6 +34,7 @@ Types = tuple[type[BaseModel] | None, type[BaseModel] | None]
 OPERATIONS: dict[tuple[str, str], Types] = {
     ("post", "/v1/completions"): (CompletionRequest, CompletionResponse),
     ("post", "/v1/chat/completions"): (ChatCompletionRequest, ChatCompletionResponse),
+    ("post", "/v1/embeddings"): (EmbeddingRequest, EmbeddingResponse),
     ("post", "/v1/responses"): (ResponsesRequest, Response),
     ("get", "/v1/responses/{id}"): (None, Response),
     ("delete", "/v1/responses/{id}"): (None, DeletedResponse),

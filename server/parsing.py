@@ -54,13 +54,19 @@ class Parsing:
         return cls(reasoning, tools, special, config.enable_auto_tool_choice)
 
     def make(
-        self, tools: Sequence[dict[str, Any]], prompt_text: str
+        self,
+        tools: Sequence[dict[str, Any]],
+        prompt_text: str,
+        *,
+        is_stream: bool = False,
     ) -> OutputParser | None:
         """A parser for one output; None where all text is content.
 
         Args:
             tools: Those that the model may call.
             prompt_text: The prompt as rendered, which may end within reasoning.
+            is_stream: Whether arguments are given as they come; else a call that is cut
+                off is content, not a call with half its arguments.
         """
         calls = self.tools if tools else None
         if self.reasoning is None and calls is None:
@@ -74,6 +80,7 @@ class Parsing:
             tool_schemas=tools,
             starts_in_reasoning=is_open,
             special_tokens=self.special_tokens,
+            stream_arguments=is_stream,
         )
 
     def needs_special_tokens(self, tools: Sequence[dict[str, Any]]) -> bool:

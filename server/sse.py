@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from aiohttp import web
 
+from server.answer import to_json
 from server.call import CALL, REASON, REQUEST_ID
 from server.config import ServerConfig
 from server.errors import ApiError, internal
@@ -22,11 +22,13 @@ HEADERS = {
 }
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
+FRAMING_BYTES = 64
+"""More than what HTTP puts around a chunk."""
 
 
 def event(value: Any, name: str | None = None) -> bytes:
     """Frames one JSON value; JSON has no line breaks outside its strings' escapes."""
-    text = json.dumps(value, separators=(",", ":"))
+    text = to_json(value)
     head = "" if name is None else f"event: {name}\n"
     return f"{head}data: {text}\n\n".encode()
 
@@ -108,11 +110,22 @@ class EventStream:
     async def _write(self, chunk: bytes, *, is_last: bool = False) -> None:
         self._has_written = True
         send = self._response.write_eof if is_last else self._response.write
+        if self._has_room(len(chunk)):
+            await send(chunk)
+            return
         try:
             async with asyncio.timeout(self._config.write_timeout):
                 await send(chunk)
         except TimeoutError as error:
             raise SlowClientError from error
+
+    def _has_room(self, size: int) -> bool:
+        """Whether the buffer takes so many bytes, so that nothing waits to be sent."""
+        transport = self._request.transport
+        if transport is None:
+            return False
+        free = self._config.max_buffered_bytes - transport.get_write_buffer_size()
+        return size + FRAMING_BYTES <= free
 
     async def _keep_alive(self) -> None:
         """Sends a comment whenever nothing else was sent for a while."""

@@ -1,11 +1,14 @@
-"""A client that times every streamed token."""
+"""A client that costs little: it notes bytes as they come, and reads them later."""
 
+import asyncio
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
-import aiohttp
+CONNECTING = 256
+"""Connections that are opened at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,53 +18,135 @@ class Answer:
     Attributes:
         status: HTTP status, 0 where the connection failed.
         tokens: Completion tokens, by the server's count.
-        times: Seconds from the request to each event of the stream.
+        times: Seconds from the request to each event with text.
         seconds: Seconds from the request to the end of the answer.
-        finish_reason: The server's.
+        error: What the server failed with, in words.
     """
 
     status: int
     tokens: int
     times: tuple[float, ...]
     seconds: float
-    finish_reason: str | None
+    error: str | None
 
 
-async def complete(
-    session: aiohttp.ClientSession, base_url: str, body: dict[str, Any]
-) -> Answer:
-    """Sends one streamed completion and reads it to its end."""
-    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    began = time.perf_counter()
-    times: list[float] = []
-    tokens, reason = 0, None
-    try:
-        async with session.post(f"{base_url}/v1/completions", json=body) as response:
-            if response.status == 200:
-                async for line in response.content:
-                    if not line.startswith(b"data: {"):
-                        continue
-                    event = json.loads(line[6:])
-                    tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-                    for choice in event["choices"]:
-                        reason = choice["finish_reason"] or reason
-                        if choice["text"]:
-                            times.append(time.perf_counter() - began)
-            status = response.status
-    except (aiohttp.ClientError, TimeoutError):
-        status = 0
-    return Answer(status, tokens, tuple(times), time.perf_counter() - began, reason)
+class Reader(asyncio.Protocol):
+    """One connection for one request; notes what arrives when."""
+
+    def __init__(self) -> None:
+        """Has sent nothing yet."""
+        self.chunks: list[tuple[float, bytes]] = []
+        self.sent = 0.0
+        self.done = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keeps the connection."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def send(self, request: bytes) -> None:
+        """Sends the request."""
+        self.sent = time.monotonic()
+        self.transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        """Notes it."""
+        self.chunks.append((time.monotonic(), data))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The server has closed: the answer is whole."""
+        if not self.done.done():
+            self.done.set_result(exc)
 
 
-def session(*, limit: int = 0) -> aiohttp.ClientSession:
-    """A session without a limit on connections or time."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=limit),
-        timeout=aiohttp.ClientTimeout(total=None),
+def request_bytes(port: int, body: dict[str, Any], path: str) -> bytes:
+    """A request as it goes over the wire; the server closes behind its answer."""
+    data = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     )
+    return head.encode() + data
 
 
-def percentile(values: list[float], share: float) -> float:
+async def connect(port: int, count: int) -> list[Reader]:
+    """Opens connections, some at a time."""
+    loop = asyncio.get_running_loop()
+    readers: list[Reader] = []
+    while len(readers) < count:
+        opened = await asyncio.gather(
+            *(
+                loop.create_connection(Reader, "127.0.0.1", port)
+                for _ in range(min(CONNECTING, count - len(readers)))
+            )
+        )
+        readers += [reader for _, reader in opened]
+    return readers
+
+
+async def exchange(
+    port: int,
+    bodies: Sequence[dict[str, Any]],
+    *,
+    spread: float = 0.0,
+    path: str = "/v1/completions",
+) -> list[Reader]:
+    """Sends all requests, each over a connection that is open already.
+
+    Args:
+        port: Where the server listens.
+        bodies: What is asked.
+        spread: Seconds over which the requests are sent; 0 sends them at once.
+        path: Of the endpoint.
+
+    Returns:
+        What came, when all answers are whole.
+    """
+    requests = [request_bytes(port, body, path) for body in bodies]
+    readers = await connect(port, len(bodies))
+    began = time.monotonic()
+    for i, (reader, request) in enumerate(zip(readers, requests, strict=True)):
+        ahead = began + spread * i / len(requests) - time.monotonic()
+        if ahead > 0:
+            await asyncio.sleep(ahead)
+        reader.send(request)
+    await asyncio.gather(*(reader.done for reader in readers))
+    return readers
+
+
+def answer_of(reader: Reader) -> Answer:
+    """Reads what came."""
+    end = reader.chunks[-1][0] if reader.chunks else reader.sent
+    data = b"".join(part for _, part in reader.chunks)
+    head, _, rest = data.partition(b"\r\n\r\n")
+    status = int(head[9:12]) if head.startswith(b"HTTP/1.1 ") else 0
+    tokens, error = 0, None
+    for line in rest.splitlines():
+        text = line.removeprefix(b"data: ")
+        if not text.startswith(b"{"):
+            continue
+        value = json.loads(text)
+        tokens = (value.get("usage") or {}).get("completion_tokens", tokens)
+        error = str(value["error"]) if "error" in value else error
+    times = tuple(
+        moment - reader.sent
+        for moment, part in reader.chunks
+        for _ in range(part.count(b'"text":') - part.count(b'"text":""'))
+    )
+    return Answer(status, tokens, times, end - reader.sent, error)
+
+
+def send_all(
+    port: int, bodies: Sequence[dict[str, Any]], *, spread: float = 0.0
+) -> tuple[list[Answer], float]:
+    """Sends all; the answers, and the seconds from first request to last byte."""
+    readers = asyncio.run(exchange(port, bodies, spread=spread))
+    last = max(reader.chunks[-1][0] for reader in readers if reader.chunks)
+    seconds = last - min(reader.sent for reader in readers)
+    return [answer_of(reader) for reader in readers], seconds
+
+
+def percentile(values: Sequence[float], share: float) -> float:
     """The value below which that share of all lies; nearest rank."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

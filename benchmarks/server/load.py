@@ -4,112 +4,137 @@ python -m benchmarks.server.load streams overload offline --record
 """
 
 import argparse
-import asyncio
 import json
 import statistics
 import time
+from typing import Any
 
 from benchmarks import record
-from benchmarks.server.client import Answer, complete, percentile, session
+from benchmarks.server.client import Answer, percentile, send_all
 from benchmarks.server.process import serving
 
+MODEL = "jllm"
 PROMPT = "Once upon a time there was a little"
 STREAMS, STREAM_TOKENS = 256, 64
-REQUESTS, CAP = 10_000, 512
-OFFLINE_PROMPTS, OFFLINE_TOKENS, ROUNDS = 128, 64, 3
+REQUESTS, CAP, ACCEPTED_TOKENS = 10_000, 512, 64
+SPREAD = 20.0
+"""Seconds over which the requests come that do not come at once."""
+OFFLINE_PROMPTS, OFFLINE_TOKENS, ROUNDS = 128, 64, 5
 
 
-def body(tokens: int, index: int = 0) -> dict:
+def body(tokens: int, index: int = 0, *, stream: bool = True) -> dict[str, Any]:
     """A request of a fixed number of tokens, each with a prompt of its own."""
+    more = {"stream": True, "stream_options": {"include_usage": True}}
     return {
+        "model": MODEL,
         "prompt": f"{PROMPT} cat number {index}",
         "max_tokens": tokens,
         "ignore_eos": True,
         "temperature": 0,
+        **(more if stream else {}),
     }
 
 
-async def send_all(
-    base_url: str, count: int, tokens: int
-) -> tuple[list[Answer], float]:
-    """Sends all requests at once; the answers, and the seconds to the last one."""
-    async with session() as client:
-        began = time.perf_counter()
-        jobs = (complete(client, base_url, body(tokens, i)) for i in range(count))
-        answers = await asyncio.gather(*jobs)
-    return list(answers), time.perf_counter() - began
+def bodies(count: int, tokens: int, *, stream: bool = True) -> list[dict[str, Any]]:
+    """That many of them."""
+    return [body(tokens, i, stream=stream) for i in range(count)]
 
 
-def streams() -> dict:
+def milliseconds(values: list[float]) -> dict[str, float | None]:
+    """Median and 99th percentile."""
+    if not values:
+        return {"p50": None, "p99": None}
+    return {
+        "p50": round(1e3 * percentile(values, 0.5), 1),
+        "p99": round(1e3 * percentile(values, 0.99), 1),
+    }
+
+
+def streams() -> dict[str, Any]:
     """256 concurrent streams of 64 tokens: no error, all tokens."""
     with serving("--max-num-queued-reqs", str(STREAMS)) as server:
-        answers, seconds = asyncio.run(
-            send_all(server.base_url, STREAMS, STREAM_TOKENS)
-        )
+        send_all(server.port, bodies(64, 16))
+        answers, seconds = send_all(server.port, bodies(STREAMS, STREAM_TOKENS))
     good = [a for a in answers if a.status == 200 and a.tokens == STREAM_TOKENS]
     gaps = [b - a for x in good for a, b in zip(x.times, x.times[1:], strict=False)]
     return {
         "case": f"{STREAMS} streams of {STREAM_TOKENS} tokens",
         "errors": len(answers) - len(good),
+        "first_error": next((a.error for a in answers if a.error), None),
         "tokens_per_second": sum(a.tokens for a in good) / seconds,
-        "ttft_p50_ms": 1e3 * percentile([a.times[0] for a in good], 0.5),
-        "ttft_p99_ms": 1e3 * percentile([a.times[0] for a in good], 0.99),
-        "itl_p50_ms": 1e3 * percentile(gaps, 0.5),
-        "itl_p99_ms": 1e3 * percentile(gaps, 0.99),
+        "ttft_ms": milliseconds([a.times[0] for a in good]),
+        "itl_ms": milliseconds(gaps),
     }
 
 
-def overload() -> dict:
-    """10,000 requests at once with room for 512: the rest is refused at once."""
+def overload() -> dict[str, Any]:
+    """10,000 requests with room for 512, at once and within ten seconds."""
     with serving("--max-num-queued-reqs", str(CAP)) as server:
+        send_all(server.port, bodies(64, 16))
         # What it does when nobody has to be refused, for the ratio.
-        calm, calm_seconds = asyncio.run(send_all(server.base_url, CAP, 16))
+        calm = _rate(*send_all(server.port, bodies(CAP, ACCEPTED_TOKENS)))
         before = server.resources()
-        answers, seconds = asyncio.run(send_all(server.base_url, REQUESTS, 16))
+        at_once = send_all(server.port, bodies(REQUESTS, ACCEPTED_TOKENS))
+        spread = send_all(server.port, bodies(REQUESTS, ACCEPTED_TOKENS), spread=SPREAD)
         after = server.resources()
-    accepted = [a for a in answers if a.status == 200]
-    refused = [a for a in answers if a.status == 429]
     return {
-        "case": f"{REQUESTS} requests at once, room for {CAP}",
-        "accepted": len(accepted),
-        "refused": len(refused),
-        "other": len(answers) - len(accepted) - len(refused),
-        "accepted_complete": sum(a.tokens == 16 for a in accepted),
-        "refusal_p50_ms": 1e3 * percentile([a.seconds for a in refused], 0.5),
-        "refusal_p99_ms": 1e3 * percentile([a.seconds for a in refused], 0.99),
-        "throughput_of_unshed": (sum(a.tokens for a in accepted) / seconds)
-        / (sum(a.tokens for a in calm) / calm_seconds),
+        "case": f"{REQUESTS} requests, room for {CAP}",
+        "unshed_tokens_per_second": calm,
+        "at_once": _shed(*at_once, calm),
+        f"within_{SPREAD:.0f}_seconds": _shed(*spread, calm),
         "rss_growth_mib": after.rss_mib - before.rss_mib,
         "files_growth": after.files - before.files,
     }
 
 
-def offline() -> dict:
+def _rate(answers: list[Answer], seconds: float) -> float:
+    return sum(a.tokens for a in answers) / seconds
+
+
+def _shed(answers: list[Answer], seconds: float, calm: float) -> dict[str, Any]:
+    """What became of requests of which most were refused."""
+    accepted = [a for a in answers if a.status == 200]
+    refused = [a for a in answers if a.status == 429]
+    complete = sum(a.tokens == ACCEPTED_TOKENS and not a.error for a in accepted)
+    return {
+        "accepted": len(accepted),
+        "accepted_complete": complete,
+        "refused": len(refused),
+        "other": len(answers) - len(accepted) - len(refused),
+        "refusal_ms": milliseconds([a.seconds for a in refused]),
+        "seconds": seconds,
+        "throughput_of_unshed": _rate(accepted, seconds) / calm,
+    }
+
+
+def offline() -> dict[str, Any]:
     """The same prompts through the server and through `LLM.generate`, in turn."""
     from jllm import LLM, SamplingParams
 
     prompts = [body(OFFLINE_TOKENS, i)["prompt"] for i in range(OFFLINE_PROMPTS)]
     params = SamplingParams(max_tokens=OFFLINE_TOKENS, temperature=0, ignore_eos=True)
     total = OFFLINE_PROMPTS * OFFLINE_TOKENS
-    served, direct = [], []
+    rates: dict[str, list[float]] = {"offline": [], "whole": [], "streamed": []}
     with serving("--max-num-queued-reqs", str(OFFLINE_PROMPTS)) as server, LLM() as llm:
         for round_ in range(ROUNDS + 1):
             began = time.perf_counter()
             llm.generate(prompts, params, use_tqdm=False)
-            direct.append(total / (time.perf_counter() - began))
-            answers, seconds = asyncio.run(
-                send_all(server.base_url, OFFLINE_PROMPTS, OFFLINE_TOKENS)
-            )
-            served.append(sum(a.tokens for a in answers) / seconds)
+            rates["offline"].append(total / (time.perf_counter() - began))
+            for name in ("whole", "streamed"):
+                asked = bodies(
+                    OFFLINE_PROMPTS, OFFLINE_TOKENS, stream=name == "streamed"
+                )
+                rates[name].append(_rate(*send_all(server.port, asked)))
             if round_ == 0:  # warm-up: compilation, prefix cache
-                served.clear()
-                direct.clear()
+                for found in rates.values():
+                    found.clear()
+    base = statistics.mean(rates["offline"])
     return {
         "case": f"{OFFLINE_PROMPTS} requests of {OFFLINE_TOKENS} tokens",
-        "served_tokens_per_second": statistics.median(served),
-        "offline_tokens_per_second": statistics.median(direct),
-        "served_of_offline": statistics.mean(served) / statistics.mean(direct),
-        "ratios": [s / d for s, d in zip(served, direct, strict=True)],
+        "tokens_per_second": {k: statistics.median(v) for k, v in rates.items()},
+        "served_of_offline": statistics.mean(rates["whole"]) / base,
+        "streamed_of_offline": statistics.mean(rates["streamed"]) / base,
+        "rounds": {k: [round(x) for x in v] for k, v in rates.items()},
     }
 
 

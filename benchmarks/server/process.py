@@ -6,10 +6,12 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import psutil
 
@@ -31,15 +33,20 @@ class Resources:
     rss_mib: float
     files: int
     threads: int
-    state: dict
+    state: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Server:
     """A running server."""
 
-    base_url: str
-    process: subprocess.Popen
+    port: int
+    process: subprocess.Popen[bytes]
+
+    @property
+    def base_url(self) -> str:
+        """What paths are put behind."""
+        return f"http://127.0.0.1:{self.port}"
 
     def get(self, path: str) -> bytes:
         """Body of a GET."""
@@ -58,22 +65,40 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(*flags: str) -> Iterator[Server]:
+def serving(*flags: str) -> Generator[Server]:
     """Serves the embedded model until the block ends; it must stop by itself then."""
     port = free_port()
     command = [sys.executable, "-m", "jllm", "serve", "--port", str(port), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    server = Server(f"http://127.0.0.1:{port}", process)
-    try:
-        wait_until_ready(server)
+    with running(command, port) as server:
         yield server
-    finally:
-        process.terminate()
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], port: int) -> Generator[Server]:
+    """Runs a command that serves on a port.
+
+    Raises:
+        TimeoutError: It was not ready in time, or has ended; its last words are told.
+        subprocess.TimeoutExpired: It did not end when it was told to.
+    """
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stderr=log, stdout=subprocess.DEVNULL)
+        server = Server(port, process)
         try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
+            try:
+                wait_until_ready(server)
+            except TimeoutError as error:
+                log.seek(0)
+                words = log.read()[-2000:].decode(errors="replace")
+                raise TimeoutError(f"{error}\n{words}") from error
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
 
 
 def free_port() -> int:

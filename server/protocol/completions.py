@@ -22,7 +22,7 @@ def _is_token(value: Any) -> bool:
     return is_integer and 0 <= value <= INT32_MAX
 
 
-def _read_prompt(value: Any) -> list[str | list[int]]:
+def read_prompts(value: Any) -> list[str | list[int]]:
     """All forms as a list of prompts."""
     if isinstance(value, str):
         return [value]
@@ -31,12 +31,12 @@ def _read_prompt(value: Any) -> list[str | list[int]]:
     if not value:
         raise PydanticCustomError("empty_array", "must not be an empty list")
     if isinstance(value[0], (str, list)):
-        return _read_prompts(value)
+        return _read_list(value)
     _check_tokens(value)
     return [value]
 
 
-def _read_prompts(values: list[Any]) -> list[str | list[int]]:
+def _read_list(values: list[Any]) -> list[str | list[int]]:
     if len(values) > MAX_PROMPTS:
         raise PydanticCustomError(
             "too_long", "must hold at most {most} prompts", {"most": MAX_PROMPTS}
@@ -90,7 +90,7 @@ class CompletionRequest(CommonFields):
     """Body of a request to complete text."""
 
     prompt: Annotated[
-        list[Any], BeforeValidator(_read_prompt), WithJsonSchema(PROMPT_SCHEMA)
+        list[Any], BeforeValidator(read_prompts), WithJsonSchema(PROMPT_SCHEMA)
     ]
     max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -10,23 +10,32 @@ NOTHING: tuple[Any, ...] = (None,)
 OFF: tuple[Any, ...] = (None, False)
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "access_programs": (None, []),
     "audio": NOTHING,
+    "background_options": NOTHING,
+    "context_management": NOTHING,
     "conversation": NOTHING,
     "data_sources": NOTHING,
     "enable_response_messages": OFF,
     "ec_transfer_params": NOTHING,
+    "embed_dtype": (None, "float32"),
+    "endianness": (None, "native", "little"),
     "function_call": (None, "none"),
     "functions": (None, []),
     "guided_decoding_backend": NOTHING,
     "guided_whitespace_pattern": NOTHING,
     "kv_transfer_params": NOTHING,
+    "late_chunking_params": NOTHING,
     "length_penalty": (None, 1),
+    "image": NOTHING,
     "logits_processors": (None, []),
     "media_io_kwargs": (None, {}),
     "max_tool_calls": NOTHING,
     "mm_payload": (None, "tensors"),
     "mm_processor_kwargs": (None, {}),
     "modalities": (None, ["text"]),
+    "moderation": NOTHING,
+    "padding": (None, False, "do_not_pad"),
     "prediction": NOTHING,
     "previous_input_messages": NOTHING,
     "prompt_cache_options": NOTHING,
@@ -46,3 +55,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "watermarking": OFF,
     "web_search_options": NOTHING,
 }
+
+UNSUPPORTED_IN_RESPONSES = ("prompt", "request_id")
+"""Fields that have a meaning elsewhere; here a null is all that is accepted."""

@@ -13,7 +13,7 @@ from server.answer import Envelope, json_response, usage
 from server.call import Call, open_call
 from server.chat_output import ChatChoice, ChatOptions
 from server.errors import FieldNames, bad_request
-from server.generation import Generation, Job, engine_errors
+from server.generation import Generation, Job
 from server.logprobs import TokenNames, prompt_logprobs
 from server.protocol.chat import ChatCompletionRequest, TemplateFields
 from server.routes.common import (
@@ -27,6 +27,7 @@ from server.routes.common import (
 from server.sampling import constraint_name, make_params, structured_outputs
 from server.sse import EventStream, event
 from server.state import Server, new_id
+from server.submission import engine_errors
 
 NAMES = {"prompt": "messages", "prompt_token_ids": "messages"}
 
@@ -68,7 +69,9 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
                 model,
                 server.fingerprint,
             )
-            answer = _Answer(envelope, call, running, plan, server)
+            answer = _Answer(
+                envelope, call, running, plan, server, is_stream=bool(body.stream)
+            )
             if body.stream:
                 stream = EventStream(request, server.config)
                 await stream.send_all(answer.events(body))
@@ -86,18 +89,20 @@ class _Answer:
         running: Generation,
         plan: Plan,
         server: Server,
+        *,
+        is_stream: bool,
     ) -> None:
         self._envelope = envelope
         self._call = call
         self._running = running
         self._names = plan.options.names
         self._llm = server.llm
-        self._choices = [
-            ChatChoice(
-                i, server.parsing.make(plan.tools, plan.prompt_text), plan.options
+        self._choices: list[ChatChoice] = []
+        for i in range(plan.job.num_outputs):
+            parser = server.parsing.make(
+                plan.tools, plan.prompt_text, is_stream=is_stream
             )
-            for i in range(plan.job.num_outputs)
-        ]
+            self._choices.append(ChatChoice(i, parser, plan.options))
 
     async def whole(self, body: ChatCompletionRequest) -> dict[str, Any]:
         """The answer in one piece."""

@@ -21,8 +21,15 @@ MAX_TEMPLATE_BYTES = 65_536
 Body = TypeVar("Body", bound=BaseModel)
 
 
-async def receive(request: web.Request, kind: type[Body]) -> tuple[Server, Body, int]:
+async def receive(
+    request: web.Request, kind: type[Body], *, queues: bool = True
+) -> tuple[Server, Body, int]:
     """Reads and checks a request.
+
+    Args:
+        request: The request.
+        kind: What its body must be.
+        queues: Whether it wants a place in the queue; a full one refuses it unread.
 
     Returns:
         The server, the body, and about how many tokens its prompt has.
@@ -32,6 +39,8 @@ async def receive(request: web.Request, kind: type[Body]) -> tuple[Server, Body,
     """
     server = request.app[SERVER]
     server.check_ready()
+    if queues:
+        server.admission.check_room()
     raw = await read_body(
         request, timeout=server.config.body_timeout, max_bytes=server.max_body_bytes
     )
@@ -71,6 +80,24 @@ def cache_salt(request: web.Request, body: Any) -> str | None:
     if request.app[SERVER].config.isolate_keys and KEY_HASH in request:
         return f"{request[KEY_HASH]}:{salt or ''}"
     return salt
+
+
+async def make_prompt(
+    request: web.Request, body: Any, prompt: str | list[int]
+) -> dict[str, Any]:
+    """One prompt of a request, as the engine takes it; see `jllm.LLM.generate`."""
+    made: dict[str, Any] = {}
+    salt = cache_salt(request, body)
+    if salt is not None:
+        made["cache_salt"] = salt
+    if not isinstance(prompt, str):
+        return made | {"prompt_token_ids": prompt}
+    made["prompt"] = prompt
+    if body.add_special_tokens is False:
+        tokenize = request.app[SERVER].llm.tokenize
+        tokens = await tokenize(prompt, add_special_tokens=False)
+        made["prompt_token_ids"] = tokens
+    return made
 
 
 def parsed_output(

@@ -12,18 +12,19 @@ from server.answer import Envelope, json_response, usage
 from server.call import Call, open_call
 from server.completion_output import CompletionChoice, CompletionOptions
 from server.errors import FieldNames, bad_request
-from server.generation import Generation, Job, engine_errors
+from server.generation import Generation, Job
 from server.logprobs import TokenNames
 from server.protocol.completions import CompletionRequest
 from server.routes.common import (
-    cache_salt,
     check_stream_options,
     make_job,
+    make_prompt,
     receive,
 )
 from server.sampling import constraint_name, make_params, structured_outputs
 from server.sse import EventStream, event
 from server.state import Server, new_id
+from server.submission import engine_errors
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -157,9 +158,7 @@ async def _plan(request: web.Request, server: Server, body: CompletionRequest) -
             **settings,
         )
         texts = await _texts(server, body)
-        prompts = [_prompt(request, body, prompt) for prompt in body.prompt]
-        if body.add_special_tokens is False:
-            prompts = [await _without_special(server, prompt) for prompt in prompts]
+        prompts = [await make_prompt(request, body, one) for one in body.prompt]
     jobs = [make_job(p, params, body.n or 1, body.priority) for p in prompts]
     options = CompletionOptions(
         names=TokenNames(llm, as_ids=bool(body.return_tokens_as_token_ids)),
@@ -170,21 +169,6 @@ async def _plan(request: web.Request, server: Server, body: CompletionRequest) -
         scores_only=max_tokens == 0,
     )
     return Plan(jobs, texts, options)
-
-
-def _prompt(
-    request: web.Request, body: CompletionRequest, prompt: str | list[int]
-) -> dict[str, Any]:
-    key = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
-    salt = cache_salt(request, body)
-    return {key: prompt} if salt is None else {key: prompt, "cache_salt": salt}
-
-
-async def _without_special(server: Server, prompt: dict[str, Any]) -> dict[str, Any]:
-    if "prompt" not in prompt:
-        return prompt
-    tokens = await server.llm.tokenize(prompt["prompt"], add_special_tokens=False)
-    return prompt | {"prompt_token_ids": tokens}
 
 
 async def _texts(server: Server, body: CompletionRequest) -> list[str]:

@@ -16,17 +16,19 @@ from server.auth import KEY_HASH
 from server.call import ARRIVAL, Call, open_call, reserve_call
 from server.chat_output import ChatOptions
 from server.errors import ApiError, FieldNames, bad_request, unsupported
-from server.generation import Generation, Job, engine_errors
+from server.generation import Generation, Job
 from server.logprobs import TokenNames
 from server.protocol.chat import TemplateFields
 from server.protocol.messages import read_messages
 from server.protocol.responses import ResponsesRequest
+from server.protocol.unsupported import UNSUPPORTED_IN_RESPONSES
 from server.responses_output import ResponseWriter, as_messages
 from server.routes.chat import render
 from server.routes.common import cache_salt, make_job, parsed_output, receive
 from server.sampling import format_constraint, make_params, one_constraint
 from server.sse import EventStream
 from server.state import SERVER, Server, new_id
+from server.submission import engine_errors
 
 logger = logging.getLogger("jllm.server")
 
@@ -64,14 +66,20 @@ class Task:
         """Whether the response can be retrieved."""
         return self.server.store.is_enabled and self.body.store is not False
 
-    def keep(self, response: dict[str, Any]) -> None:
-        """Stores the response as it is now, with the conversation up to its end."""
-        if self.is_stored:
-            messages = [*self.messages, *as_messages(response["output"])]
-            self.server.store.put(
-                response["id"],
-                {"response": response, "messages": messages, "owner": self.owner},
-            )
+    def keep(self, response: dict[str, Any], *, is_running: bool = False) -> bool:
+        """Stores the response as it is now, with the conversation up to its end.
+
+        Returns:
+            Whether it can be retrieved now.
+        """
+        if not self.is_stored:
+            return False
+        messages = [*self.messages, *as_messages(response["output"])]
+        return self.server.store.put(
+            response["id"],
+            {"response": response, "messages": messages, "owner": self.owner},
+            is_running=is_running,
+        )
 
 
 async def create_response(request: web.Request) -> web.StreamResponse:
@@ -155,7 +163,15 @@ async def _start_background(
     reserved = contextlib.ExitStack()
     origin = (response["id"], request[ARRIVAL])
     call = reserved.enter_context(reserve_call(task.server, origin, 1, num_tokens))
-    task.keep(response)
+    if not task.keep(response, is_running=True):
+        reserved.close()
+        raise ApiError(
+            429,
+            "the responses that are being made in the background leave no room",
+            type="rate_limit_error",
+            code="store_full",
+            headers={"Retry-After": "5"},
+        )
     made = asyncio.create_task(_run_background(task, call, planned, reserved))
     task.server.background[response["id"]] = made
     made.add_done_callback(lambda _: task.server.background.pop(response["id"], None))
@@ -215,6 +231,9 @@ async def _events(
 
 
 def _check(server: Server, body: ResponsesRequest) -> None:
+    for name in UNSUPPORTED_IN_RESPONSES:
+        if (body.model_extra or {}).get(name) is not None:
+            raise unsupported(name)
     if body.background and body.stream:
         raise unsupported("background", "background and stream exclude each other")
     options = body.stream_options
@@ -270,7 +289,7 @@ async def _plan(task: Task) -> tuple[Job, ResponseWriter]:
         include_reasoning=body.include_reasoning is not False,
         parallel_tool_calls=body.parallel_tool_calls is not False,
     )
-    parser = server.parsing.make(tools, prompt.text or "")
+    parser = server.parsing.make(tools, prompt.text or "", is_stream=bool(body.stream))
     writer = ResponseWriter(_head(task, params), parser, options)
     return make_job(prompt, params, 1, body.priority), writer
 

@@ -1,5 +1,6 @@
 """How the process is: /health, /ready, /ping, /version, /metrics, /engine/state."""
 
+import asyncio
 import importlib.metadata
 import time
 
@@ -77,6 +78,8 @@ async def engine_state(request: web.Request) -> web.Response:
             "model": server.model_names[0],
             "running": stats.num_running,
             "waiting": max(stats.num_waiting, server.admission.num_queued),
+            "open": server.admission.num_open,
+            "tasks": len(asyncio.all_tasks()),
             "blocks": {state.name.lower(): counts[state] for state in BlockState},
             "block_size": stats.block_size,
             "block_map": block_map(states),

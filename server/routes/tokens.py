@@ -6,15 +6,15 @@ from aiohttp import web
 
 from server.answer import json_response
 from server.errors import FieldNames, bad_request
-from server.generation import engine_errors
 from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from server.routes.chat import NAMES, render
 from server.routes.common import receive
+from server.submission import engine_errors
 
 
 async def tokenize(request: web.Request) -> web.Response:
     """Splits a text or a conversation into tokens."""
-    server, body, _ = await receive(request, TokenizeRequest)
+    server, body, _ = await receive(request, TokenizeRequest, queues=False)
     if body.model is not None:
         server.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
@@ -42,7 +42,7 @@ async def tokenize(request: web.Request) -> web.Response:
 
 async def detokenize(request: web.Request) -> web.Response:
     """Joins tokens into text."""
-    server, body, _ = await receive(request, DetokenizeRequest)
+    server, body, _ = await receive(request, DetokenizeRequest, queues=False)
     if body.model is not None:
         server.check_model(body.model)
     for token in body.tokens:

@@ -4,7 +4,7 @@ import { engineState, histograms } from "./api.js";
 
 const INTERVAL_MS = 1000;
 const HISTORY = 180;
-const KINDS = { ".": "free", c: "cached", u: "used", s: "shared" };
+const KINDS = { f: "free", c: "cached", u: "used", s: "shared" };
 const LATENCIES = ["time_to_first_token_seconds", "inter_token_latency_seconds"];
 const FIGURES = [
   ["running", "Running", (state) => state.running],

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import socket
 import threading
 
@@ -98,12 +99,34 @@ def test_a_client_that_leaves_ends_its_request(serve, stream):
         writer.close()
         await writer.wait_closed()
         await until(lambda: not running.llm.num_open)
+        num_steps = running.engine.num_steps
         gate.open()
         await running.idle()
         assert running.engine.aborted == [running.engine.added[0].request_id]
         assert not running.engine.has_unfinished
+        assert running.engine.num_steps - num_steps <= 1
 
     serve(body, LONG)
+
+
+def test_log_lines_hold_no_foreign_lines(serve, caplog):
+    """Whatever a client writes: an event is one line, and keys are not in it."""
+    odd = "a\r\nb\x1b[31m\x00"
+    caplog.set_level(logging.DEBUG, "jllm.server")
+
+    async def body(running):
+        key = {"Authorization": "Bearer s3cret"}
+        await running.post(COMPLETIONS, completion(model=odd, user=odd), key)
+        await running.post(COMPLETIONS, completion(**{odd: 1, "user": odd}), key)
+        await running.get("/v1/models/%0d%0aforged%1b%00", key)
+        await running.get("/%0d%0aforged", key)
+
+    serve(body, api_key=["s3cret"])
+    ends = [r.getMessage() for r in caplog.records if "request_end" in r.getMessage()]
+    assert len(ends) == 4
+    for record in caplog.records:
+        assert record.getMessage().isprintable()
+        assert "s3cret" not in record.getMessage()
 
 
 @pytest.mark.parametrize("option", ["request_timeout", "queue_timeout"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import pathlib
+import re
 import shutil
 import threading
 
@@ -15,6 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from server.routes.status import MAP_LETTERS
 from tests.server.fakes import MODEL
 
 WEB = pathlib.Path(__file__).parents[2] / "server" / "web"
@@ -221,6 +223,12 @@ def test_the_engine_view_moves(visit):
         page.wait_for(lambda: float(page.text("#figure-rate")) > 0)
 
     visit(steps)
+
+
+def test_the_map_knows_every_kind_of_block():
+    text = (WEB / "engine.js").read_text()
+    kinds = re.search(r"const KINDS = {(.*?)}", text)[1]
+    assert set(re.findall(r'(\w): "', kinds)) == set(MAP_LETTERS.values())
 
 
 def test_small_screens_show_one_view_at_a_time(visit):

@@ -108,6 +108,21 @@ def test_turns_are_remembered_within_bounds(ask):
     ask(body, max_stored_responses=2)
 
 
+def test_background_responses_leave_room_for_no_more(ask):
+    async def body(client, running):
+        gate = threading.Event()
+        running.engine.on_step = lambda _: gate.wait(20)
+        first = await client.responses.create(model=MODEL, input="hi", background=True)
+        with pytest.raises(openai.RateLimitError):
+            await client.responses.create(model=MODEL, input="ho", background=True)
+        assert running.server.admission.num_open == 1
+        assert (await client.responses.cancel(first.id)).status == "cancelled"
+        gate.set()
+        await client.responses.create(model=MODEL, input="ho", background=True)
+
+    ask(body, max_stored_responses=1)
+
+
 def test_background(ask):
     async def body(client, running):
         gate = threading.Event()

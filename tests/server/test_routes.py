@@ -263,3 +263,17 @@ def test_the_store_is_bounded():
     assert store.get("7") is None
     assert store.delete("6")
     assert not store.delete("6")
+
+
+def test_running_responses_are_not_given_up():
+    store = ResponseStore(max_responses=2, max_bytes=100)
+    assert store.put("runs", {"a": 0}, is_running=True)
+    for i in range(3):
+        assert store.put(str(i), {"a": i})
+    assert store.get("runs") == {"a": 0}
+    assert len(store) == 2
+    assert store.put("too", {"a": 0}, is_running=True)
+    assert not store.put("more", {"a": 0}, is_running=True)
+    assert store.put("runs", {"a": 1})
+    assert store.put("more", {"a": 0})
+    assert (store.get("runs"), store.get("too")) == (None, {"a": 0})

@@ -205,7 +205,7 @@ def test_completion_logprobs(serve):
         assert scores["token_logprobs"][:3] == [None, -2.0, -2.0]
         assert scores["top_logprobs"][0] is None
         assert len(scores["tokens"]) == 3 + 12
-        assert scores["text_offset"][-2:] == [len("<s>hihello worl"), 15 + 1]
+        assert scores["text_offset"][-2:] == [len("hihello worl"), 12 + 1]
         chunks = await running.stream(COMPLETIONS, request)
         streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks[:-2]]
         for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):

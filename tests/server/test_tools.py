@@ -56,6 +56,21 @@ def test_a_call(serve):
     serve(body, CALL, **OPTIONS)
 
 
+def test_a_call_that_is_cut_off_is_content(serve):
+    """Unless it is streamed: what was sent cannot be taken back."""
+
+    async def body(running):
+        _, _, whole = await running.post(CHAT, request(max_tokens=46))
+        choice = whole["choices"][0]
+        assert choice["finish_reason"] == "length"
+        assert "tool_calls" not in choice["message"]
+        assert choice["message"]["content"] == CALL[:46]
+        chunks = await running.stream(CHAT, request(max_tokens=46))
+        assert "tool_calls" in chunks[0]["choices"][0]["delta"]
+
+    serve(body, CALL, **OPTIONS)
+
+
 def test_parallel_calls(serve):
     async def body(running):
         _, _, whole = await running.post(CHAT, request(max_tokens=None))
