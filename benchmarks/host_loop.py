@@ -1,6 +1,6 @@
 """Times the host's part of a step: everything but the network.
 
-    python -m benchmarks.host_loop [--rounds N] [--curves] [--record]
+    python -m benchmarks.host_loop [--rounds N] [--curves | --online] [--record]
 
 The real engine, scheduler and text code run over a device that has nothing to compute:
 its programs take and return trees with as many leaves as a model of 32 layers, donate
@@ -9,16 +9,23 @@ step is timed apart; medians over steps, microseconds. The contexts of the rows 
 by one token each, so that a sixteenth of them fills a block in every step.
 
 In the engine's thread: schedule, pack, dispatch (the call of the program with all its
-leaves), collect (the tokens to the host), commit, report (the outputs are made),
-deliver (they are put into the mailbox of the event loop). In the thread of the event
-loop: detokenise, stream (an output per row). With --curves the step with 64 rows is
-timed with long contexts, with 10,000 waiting requests and with a full prefix cache, in
-turns with the plain one.
+leaves), collect (the tokens to the host, and from there to the outputs), commit,
+deliver (into the queue of the output thread). In the output thread: detokenise. In the
+thread of the event loop: stream (an output per row). With --curves the step with 64
+rows is timed with long contexts, with 10,000 waiting requests and with a full prefix
+cache, in turns with the plain one.
+
+With --online all three threads run, and the device takes some milliseconds for a step,
+in which it needs no processor: how much of its time does it wait for the host?
 """
 
 import argparse
+import asyncio
+import contextlib
+import dataclasses
 import gc
 import json
+import queue
 import statistics
 import time
 from functools import partial
@@ -38,6 +45,7 @@ from jllm.engine.create import DEFAULT_MODEL
 from jllm.engine.engine import Engine, EngineParts, ModelInfo
 from jllm.engine.executables import Executable
 from jllm.engine.garbage import QuietGarbage
+from jllm.engine.loop import EngineLoop
 from jllm.engine.programs import (
     ProgramOptions,
     Programs,
@@ -48,7 +56,7 @@ from jllm.engine.programs import (
 from jllm.engine.steps import StepResult
 from jllm.sampling.rules import RuleLayout
 from jllm.scheduler.scheduler import Scheduler
-from jllm.text.delivery import Mailbox
+from jllm.text.delivery import OpenRequest, OutputStream, OutputThread
 from jllm.text.output import RequestStream
 from jllm.text.prompts import PreparedRequest
 from jllm.text.tokenizer import load_tokenizer
@@ -62,6 +70,12 @@ TOKEN = 300
 BLOCK_SIZE = 16
 GOALS = {8: (300, 100), 64: (500, 200), 256: (1000, 500)}
 """By rows: microseconds of a step that it must not exceed, and a stretch goal."""
+
+STEP_MILLISECONDS = (2, 5, 10)
+"""What a step takes on the device: a small model's, a larger one's."""
+
+LATE = 1e-4
+"""Seconds that a device may wait before it counts as a wait."""
 
 STEPS = 64
 """Steps of a round; engines take turns by the round."""
@@ -150,7 +164,7 @@ def make_engine(num_rows, *, num_blocks=None, max_model_len=32768, overlap=True)
             scheduler=scheduler,
             programs=programs,
             options=options,
-            limits=Limits(VOCAB_SIZE, max_model_len, 1, ()),
+            limits=Limits(VOCAB_SIZE, max_model_len, 1, (), 1),
             info=ModelInfo(Path(), {}),
             place=place,
             overlap=overlap,
@@ -185,6 +199,17 @@ def fill_cache(engine, num_requests, prompt_length):
         engine.step()
 
 
+def open_requests(num_rows, event_loop):
+    """Readers of the first requests, whose outputs go nowhere but to them."""
+    tokenizer = load_tokenizer(DEFAULT_MODEL)
+    readers = {}
+    for number in range(num_rows):
+        reader = readers[str(number)] = OpenRequest(event_loop)
+        prepared = PreparedRequest(request(number), None)
+        reader.open(RequestStream(prepared, tokenizer), print)
+    return readers
+
+
 class Bench:
     """One engine with all rows decoding, and the times of the phases of its steps."""
 
@@ -196,17 +221,13 @@ class Bench:
         if cached:
             fill_cache(engine, cached, 16_000)
         start(engine, num_rows, prompt_length, num_waiting)
-        tokenizer = load_tokenizer(DEFAULT_MODEL)
-        self.streams = {
-            str(i): RequestStream(PreparedRequest(request(i), None), tokenizer)
-            for i in range(num_rows)
-        }
-        # Nobody drains the event loop's mailbox; it is woken once.
-        self.mailbox = Mailbox(SimpleNamespace(call_soon_threadsafe=lambda _: None))
-        self.sinks = {
-            name: self.mailbox.sink(stream.push)
-            for name, stream in self.streams.items()
-        }
+        self.outputs = OutputThread()
+        # No event loop runs here: readers are called one by one.
+        self.outputs._wake = lambda _: None
+        self.readers = open_requests(num_rows, None)
+        for name, reader in self.readers.items():
+            self.outputs.open(name, reader)
+        self.queue = queue.Queue()
         programs = engine._parts.programs
         program = self._timed("call", programs.step(**ALL)[1])
         layout = programs.step(**ALL)[0]
@@ -216,7 +237,6 @@ class Bench:
             (engine._scheduler, "commit", "commit"),
             (engine, "_launch", "launch"),
             (engine, "_collect", "read"),
-            (engine, "_outputs", "report"),
         ):
             setattr(owner, name, self._timed(phase, getattr(owner, name)))
 
@@ -232,32 +252,26 @@ class Bench:
         return timed
 
     def round(self):
-        """Runs some steps, in the engine's thread and in the readers'."""
+        """Runs some steps, then the readers' part of them."""
         step = self._timed("step", self._step)
-        detokenize = self._timed("detokenise", self._detokenize)
+        detokenize = self._timed("detokenise", self.outputs._deliver)
         stream = self._timed("stream", self._stream)
-        # First the one thread, then the other: each has its own core and caches.
-        for outputs in [step() for _ in range(STEPS)]:
-            detokenize(outputs)
+        # First the one thread, then the others: each has its own core and caches.
+        for _ in range(STEPS):
+            step()
+        while not self.queue.empty():
+            detokenize(self.queue.get())
             stream()
-        self.mailbox._items.clear()
 
     def _step(self):
         outputs = self.engine.step()
-        self._timed("deliver", self._deliver)(outputs)
-        return outputs
-
-    def _deliver(self, outputs):
-        for output in outputs:
-            self.sinks[output.request_id](output)
-
-    def _detokenize(self, outputs):
-        for output in outputs:
-            self.streams[output.request_id].push(output)
+        self._timed("deliver", self.queue.put)(outputs)
 
     def _stream(self):
-        for stream in self.streams.values():
-            stream.take()
+        for reader in self.readers.values():
+            reader.notify()
+            with contextlib.suppress(StopIteration):
+                reader.read().send(None)
 
     def medians(self):
         """Medians of all phases, none of which holds another."""
@@ -265,7 +279,7 @@ class Bench:
         launch, call, read = found.pop("launch"), found.pop("call"), found.pop("read")
         found["pack"] = launch - call
         found["dispatch"] = call
-        found["collect"] = read - found["commit"] - found["report"]
+        found["collect"] = read - found["commit"]
         times = sorted(self.times["step"])
         found["step_p99"] = times[int(0.99 * len(times))]
         return {name: round(found[name], 1) for name in sorted(found)}
@@ -299,27 +313,124 @@ def run(benches, num_rounds):
     return [bench.medians() for bench in benches]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--curves", action="store_true")
-    parser.add_argument("--record", action="store_true")
-    arguments = parser.parse_args()
+class Device:
+    """Gives a step's tokens some time after its launch, and notes when it had to wait.
+
+    It computes one step after the other, as a real one does, without a processor of the
+    host.
+    """
+
+    def __init__(self, program, milliseconds):
+        self.program, self.seconds = program, milliseconds / 1e3
+        self.ready_at, self.waited = time.perf_counter(), []
+
+    def __call__(self, weights, state, vector):
+        state, result = self.program(weights, state, vector)
+        now = time.perf_counter()
+        self.waited.append(max(0.0, now - self.ready_at))
+        self.ready_at = max(now, self.ready_at) + self.seconds
+        packed = LatePacked(result.packed, self.ready_at)
+        return state, dataclasses.replace(result, packed=packed)
+
+
+class LatePacked:
+    """The result of a step that is not computed yet."""
+
+    def __init__(self, packed, ready_at):
+        self.packed, self.ready_at = packed, ready_at
+
+    def copy_to_host_async(self):
+        self.packed.copy_to_host_async()
+
+    def __array__(self, *_, **__):
+        time.sleep(max(0.0, self.ready_at - time.perf_counter()))
+        return np.asarray(self.packed)
+
+
+async def wait_share(num_rows, milliseconds, num_steps, make_outlet=OutputThread):
+    """Shares of the device's time, and of the steps, in which it waits for the host."""
+    engine = make_engine(num_rows)
+    programs = engine._parts.programs
+    layout, program = programs.step(**ALL)
+    device = Device(program, milliseconds)
+    outlet = make_outlet()
+    loop = EngineLoop(engine, outlet)
+    readers = open_requests(num_rows, asyncio.get_running_loop())
+    tasks = []
+    for number, (name, reader) in enumerate(readers.items()):
+        await asyncio.wrap_future(loop.add(request(number), reader))
+        stream = OutputStream(reader, name, (), lambda: None)
+        tasks.append(asyncio.create_task(read(stream)))
+    while loop.num_steps < num_rows + 8:
+        await asyncio.sleep(0.05)
+    await asyncio.wrap_future(
+        loop.call(lambda: setattr(programs, "step", lambda **_: (layout, device)))
+    )
+    warm = 20
+    while len(device.waited) < num_steps + warm:
+        await asyncio.sleep(0.05)
+    waited = device.waited[warm : num_steps + warm]
+    for task in tasks:
+        task.cancel()
+    await asyncio.to_thread(loop.close)
+    outlet.close()
+    busy = num_steps * milliseconds / 1e3
+    share = sum(waited) / (busy + sum(waited))
+    return share, sum(wait > LATE for wait in waited) / num_steps
+
+
+async def read(stream):
+    """Does what a server does with each output."""
+    async for output in stream:
+        completion = output.outputs[0]
+        choice = {"index": completion.index, "text": completion.text}
+        json.dumps({"id": output.request_id, "choices": [choice]})
+
+
+def measure_phases(arguments):
+    """Lines of the table of phases."""
     cases = [{"rows": rows, "case": "plain"} for rows in GOALS]
     benches = [Bench(rows) for rows in GOALS]
     if arguments.curves:
         cases = [{"rows": 64, "case": name} for name in CASES]
         # A pool of one size, so that only what is measured differs.
         benches = [Bench(64, **options) for options in CASES.values()]
-    lines = []
     for case, figures in zip(cases, run(benches, arguments.rounds), strict=True):
         goal, stretch = GOALS[case["rows"]]
         # The record's own "commit" is the version of the code.
         named = {f"{phase}_us": value for phase, value in figures.items()}
-        lines.append({**case, **named, "goal_us": goal, "stretch_goal_us": stretch})
-        print(json.dumps(lines[-1]))
+        yield {**case, **named, "goal_us": goal, "stretch_goal_us": stretch}
+
+
+def measure_waits(arguments):
+    """Lines of the table of a device that waits."""
+    for rows in GOALS:
+        for milliseconds in STEP_MILLISECONDS:
+            num_steps = 50 * arguments.rounds
+            share, waited = asyncio.run(wait_share(rows, milliseconds, num_steps))
+            yield {
+                "rows": rows,
+                "step_ms": milliseconds,
+                "wait_percent": round(100 * share, 2),
+                "waited_percent": round(100 * waited, 1),
+                "goal_percent": 3,
+            }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--online", action="store_true")
+    parser.add_argument("--record", action="store_true")
+    arguments = parser.parse_args()
+    lines = []
+    for line in (measure_waits if arguments.online else measure_phases)(arguments):
+        print(json.dumps(line), flush=True)
+        lines.append(line)
     if arguments.record:
-        record.append("host_loop", lines)
+        name = "device_waits" if arguments.online else "host_loop"
+        record.append(name, lines)
 
 
 if __name__ == "__main__":

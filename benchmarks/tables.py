@@ -151,7 +151,7 @@ def prefix_cache() -> str:
     )
 
 
-HOST_PHASES = ("schedule", "pack", "dispatch", "collect", "commit", "report", "deliver")
+HOST_PHASES = ("schedule", "pack", "dispatch", "collect", "commit", "deliver")
 
 
 def host_loop() -> str:
@@ -168,6 +168,141 @@ def host_loop() -> str:
                 f"{row['step_us']:.0f}",
                 f"{row['goal_us']} ({row['stretch_goal_us']})",
                 *(f"{row[f'{phase}_us']:.0f}" for phase in reader),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def device_waits() -> str:
+    """How much of its time a device waits for the host."""
+    rows = latest(record.read("device_waits"), "rows", "step_ms")
+    return markdown(
+        ["rows", "step, ms", "steps that waited", "device waits", "goal"],
+        [
+            [
+                row["rows"],
+                row["step_ms"],
+                f"{row['waited_percent']:.0f} %",
+                f"{row['wait_percent']:.1f} %",
+                f"{row['goal_percent']} %",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def server() -> str:
+    """The server beside the engine alone, and under more than it can do."""
+    rows = latest(record.read("server_load"), "kind")
+    rows += latest(record.read("server_overhead"), "case")
+    rows += latest(record.read("server_faults"), "kind")
+    return markdown(
+        ["what", "found", "goal"],
+        [
+            line
+            for row in rows
+            for line in SERVER_LINES[row.get("kind", row["case"])](row)
+        ],
+    )
+
+
+def _streams(row: dict[str, Any]) -> list[list[object]]:
+    speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+    return [[row["case"], f"{row['errors']} errors, {speed}", "0 errors"]]
+
+
+def _overload(row: dict[str, Any]) -> list[list[object]]:
+    found = []
+    for key in [key for key in row if key.startswith(("at_once", "within"))]:
+        part, what = row[key], f"{row['case']}, {key.replace('_', ' ')}"
+        done = f"{part['accepted_complete']} of {part['accepted']} accepted"
+        wait = part["refusal_ms"]
+        found += [
+            [f"{what}: finished", f"{done}; {part['other']} other answers", "all; 0"],
+            [f"{what}: 429 after, p50 / p99", _pair(wait), "100 ms"],
+            [
+                f"{what}: throughput, of that without refusals",
+                f"{part['throughput_of_unshed']:.1%}",
+                "97 %",
+            ],
+        ]
+    return found
+
+
+def _pair(milliseconds: dict[str, Any]) -> str:
+    return f"{milliseconds['p50']:,.1f} / {milliseconds['p99']:,.1f} ms"
+
+
+def _served(row: dict[str, Any]) -> list[list[object]]:
+    what = f"{row['case']}, of the speed of `LLM.generate`"
+    return [
+        [f"{what}: whole answers", f"{row['served_of_offline']:.1%}", "95 %"],
+        [f"{what}: streamed", f"{row['streamed_of_offline']:.1%}", "95 %"],
+    ]
+
+
+def _plain(row: dict[str, Any]) -> list[list[object]]:
+    what = f"{row['streams']} streams, engine without work: streamed tokens"
+    speed = f"{row['events_per_core_second']:,.0f}/s and core"
+    return [[what, speed, "5,000/s and core"]]
+
+
+def _delay(row: dict[str, Any]) -> list[list[object]]:
+    what = f"{row['streams']} streams: added per token, p50 / p99"
+    times = {"p50": row["added_ms_p50"], "p99": row["added_ms_p99"]}
+    return [[what, _pair(times), "p99 5 ms"]]
+
+
+def _aborts(row: dict[str, Any]) -> list[list[object]]:
+    found = f"all gone after {row['clean_after_s_max']:.2f} s"
+    whole = f"{row['complete']} of {row['stayed']} others whole"
+    return [[row["case"], f"{found}; {whole}", "1 s; all"]]
+
+
+def _readers(row: dict[str, Any]) -> list[list[object]]:
+    ratio = f"{row['itl_p99_of_none_slow']:.2f} x"
+    return [[f"{row['case']}: p99 between tokens", ratio, "1.1 x"]]
+
+
+def _megabytes(row: dict[str, Any]) -> list[list[object]]:
+    return [
+        [
+            f"`/health` beside a megabyte ({key})",
+            f"{part['health_max_ms']:.0f} ms at most",
+            "100 ms",
+        ]
+        for key, part in row.items()
+        if isinstance(part, dict) and "health_max_ms" in part
+    ]
+
+
+SERVER_LINES: dict[str, Callable[[dict[str, Any]], list[list[object]]]] = {
+    "streams": _streams,
+    "overload": _overload,
+    "offline": _served,
+    "plain": _plain,
+    "delay": _delay,
+    "aborts": _aborts,
+    "readers": _readers,
+    "prompts": _megabytes,
+}
+
+
+def server_soak() -> str:
+    """What the server held before and after hours of mixed requests."""
+    rows = latest(record.read("server_soak"), "minutes")
+    return markdown(
+        ["minutes", "requests", "memory, MiB", "files", "threads", "tasks", "faults"],
+        [
+            [
+                f"{row['minutes']:.0f}",
+                f"{row['requests']:,}",
+                *(
+                    " to ".join(map(str, row[key]))
+                    for key in ("rss_mib", "files", "threads", "tasks")
+                ),
+                "; ".join(row["faults"]) or "none",
             ]
             for row in rows
         ],
@@ -326,6 +461,7 @@ TABLES: dict[str, Callable[[], str]] = {
         aot_kernels,
         aot_steps,
         cpu_products,
+        device_waits,
         host_loop,
         kv_waste,
         offline,
@@ -333,6 +469,8 @@ TABLES: dict[str, Callable[[], str]] = {
         prefix_cache,
         sampling_draw,
         sampling_thresholds,
+        server,
+        server_soak,
     )
 }
 

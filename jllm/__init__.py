@@ -24,11 +24,18 @@ from jllm.errors import (
     UnsupportedModelError,
 )
 from jllm.metrics import STEP_TOKEN_BOUNDS, BlockState, EngineStats
-from jllm.types import (
+from jllm.outputs import (
     CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
     Logprob,
     RequestMetrics,
     RequestOutput,
+    ScoreOutput,
+    ScoreRequestOutput,
+)
+from jllm.pooling import PoolingParams
+from jllm.types import (
     RequestOutputKind,
     SamplingParams,
     StructuredOutputsParams,
@@ -44,6 +51,8 @@ __all__ = [
     "ConfigError",
     "ContentDelta",  # pyright: ignore[reportUnsupportedDunderAll]
     "ContextTooLongError",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineConfig",
     "EngineStats",
     "EngineStoppedError",
@@ -52,11 +61,14 @@ __all__ = [
     "Logprob",
     "ModelNotFoundError",
     "OutputParser",  # pyright: ignore[reportUnsupportedDunderAll]
+    "PoolingParams",
     "ReasoningDelta",  # pyright: ignore[reportUnsupportedDunderAll]
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoreOutput",
+    "ScoreRequestOutput",
     "StructuredOutputsParams",
     "ToolCallDelta",  # pyright: ignore[reportUnsupportedDunderAll]
     "UnsupportedModelError",

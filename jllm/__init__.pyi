@@ -13,6 +13,15 @@ from jllm.llm import LLM as LLM
 from jllm.metrics import STEP_TOKEN_BOUNDS as STEP_TOKEN_BOUNDS
 from jllm.metrics import BlockState as BlockState
 from jllm.metrics import EngineStats as EngineStats
+from jllm.outputs import CompletionOutput as CompletionOutput
+from jllm.outputs import EmbeddingOutput as EmbeddingOutput
+from jllm.outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
+from jllm.outputs import Logprob as Logprob
+from jllm.outputs import RequestMetrics as RequestMetrics
+from jllm.outputs import RequestOutput as RequestOutput
+from jllm.outputs import ScoreOutput as ScoreOutput
+from jllm.outputs import ScoreRequestOutput as ScoreRequestOutput
+from jllm.pooling import PoolingParams as PoolingParams
 from jllm.text.parsers.constraint import tool_constraint as tool_constraint
 from jllm.text.parsers.deltas import ContentDelta as ContentDelta
 from jllm.text.parsers.deltas import ReasoningDelta as ReasoningDelta
@@ -24,10 +33,6 @@ from jllm.text.parsers.output_parser import (
 )
 from jllm.text.parsers.output_parser import reasoning_markers as reasoning_markers
 from jllm.text.parsers.registry import detect_parsers as detect_parsers
-from jllm.types import CompletionOutput as CompletionOutput
-from jllm.types import Logprob as Logprob
-from jllm.types import RequestMetrics as RequestMetrics
-from jllm.types import RequestOutput as RequestOutput
 from jllm.types import RequestOutputKind as RequestOutputKind
 from jllm.types import SamplingParams as SamplingParams
 from jllm.types import StructuredOutputsParams as StructuredOutputsParams

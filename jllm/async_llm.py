@@ -1,10 +1,12 @@
 """Online generation: requests come and go in an event loop while the engine runs."""
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,12 +15,14 @@ from jllm.engine.create import create_engine
 from jllm.engine.loop import EngineLoop
 from jllm.errors import ConfigError, EngineStoppedError, InvalidRequestError
 from jllm.metrics import EngineStats
+from jllm.outputs import EmbeddingRequestOutput, RequestOutput
+from jllm.pooling import Pooling, PoolingParams
 from jllm.text.chat_template import ChatOptions
-from jllm.text.delivery import Mailbox, OpenRequest, OutputStream
-from jllm.text.output import RequestStream
+from jllm.text.delivery import OpenRequest, OutputStream, OutputThread
+from jllm.text.embedding import make_stream
 from jllm.text.prompts import PreparedRequest, Prompt, make_processor
 from jllm.text.tokenizer import Tokenizer
-from jllm.types import RequestOutput, SamplingParams, TokenOutput
+from jllm.types import SamplingParams
 
 LONG_TEXT = 2048
 """Characters or tokens from which a prompt is prepared beside the event loop."""
@@ -36,7 +40,6 @@ class AsyncLLM:
         self._config = config = make_config(model, options)
         self._ids = itertools.count()
         self._open: dict[str, OpenRequest] = {}
-        self._mailbox: Mailbox | None = None
         engine = create_engine(config)
         limits, info = engine.limits, engine.info
         self._max_model_len = limits.max_model_len
@@ -52,7 +55,8 @@ class AsyncLLM:
             engine.close()
             raise
         self._engine = engine
-        self._loop = EngineLoop(engine)
+        self._outputs = OutputThread()
+        self._loop = EngineLoop(engine, self._outputs)
         # One thread: a tokenizer works for one caller at a time.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="jllm-encode")
 
@@ -161,6 +165,16 @@ class AsyncLLM:
         """Returns what is used where no sampling parameters are given."""
         return self._default_params
 
+    @property
+    def weights(self) -> Any:
+        """The tree of arrays that the model computes with; see `update_weights`."""
+        return self._engine.weights
+
+    async def update_weights(self, weights: Any) -> None:
+        """Computes with other weights from the next step on; see `LLM`."""
+        future = self._loop.call(lambda: self._engine.update_weights(weights))
+        await asyncio.wrap_future(future)
+
     async def reset_prefix_cache(self) -> bool:
         """Forgets cached prompt prefixes; False while requests are running."""
         future = self._loop.call(self._engine.reset_prefix_cache)
@@ -210,12 +224,14 @@ class AsyncLLM:
 
         Args and errors are those of `generate`, and `on_first_token` is called in the
         event loop, whatever kind of outputs is asked for. The caller reads the stream
-        to its end or closes it, which ends the request.
+        to its end or closes it, which ends the request. With `PoolingParams` the one
+        output is an `EmbeddingRequestOutput`.
         """
         params = self._default_params if sampling_params is None else sampling_params
-        if not isinstance(params, SamplingParams):
+        if not isinstance(params, (SamplingParams, PoolingParams)):
             raise InvalidRequestError(
-                f"sampling_params must be SamplingParams, not {params!r}",
+                "sampling_params must be SamplingParams, or PoolingParams for an "
+                f"embedding, not {params!r}",
                 parameter="sampling_params",
             )
         if request_id is None:
@@ -225,15 +241,16 @@ class AsyncLLM:
                 f"request_id={request_id!r} is in use", parameter="request_id"
             )
         # The id is taken before anything is waited for.
-        opened = self._open[request_id] = OpenRequest(on_first_token)
+        event_loop = asyncio.get_running_loop()
+        opened = self._open[request_id] = OpenRequest(event_loop, on_first_token)
         try:
             prepared = await self._prepare(request_id, prompt, params, priority)
-            stream = await self._submit(prepared, opened)
+            await self._submit(prepared, opened)
         except BaseException:
             self._end(request_id)
             raise
         tokens = prepared.request.prompt_token_ids
-        return OutputStream(opened, stream, tokens, lambda: self._end(request_id))
+        return OutputStream(opened, request_id, tokens, lambda: self._end(request_id))
 
     def _end(self, request_id: str) -> None:
         del self._open[request_id]
@@ -263,6 +280,30 @@ class AsyncLLM:
         options = ChatOptions.from_keywords(chat_options)
         return await self._encode(self._processor.chat_prompt, messages, options)
 
+    async def embed(
+        self,
+        prompt: Any,
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+        priority: int = 0,
+    ) -> EmbeddingRequestOutput:
+        """Computes the embedding of one prompt; see `LLM.embed`.
+
+        Cancelling the task that waits ends the request.
+        """
+        params = PoolingParams(
+            pooling=pooling,
+            normalize=normalize,
+            dimensions=dimensions,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+        )
+        outputs = await self.submit(prompt, params, priority=priority)
+        with contextlib.closing(outputs):
+            return await anext(outputs)
+
     async def abort(self, request_id: str) -> None:
         """Ends a request; its last output has finish reason "abort"."""
         opened = self._open.get(request_id)
@@ -273,6 +314,7 @@ class AsyncLLM:
     def shutdown(self) -> None:
         """Fails open requests and frees the device; may be called again."""
         self._loop.close()
+        self._outputs.close()
         self._encoder.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
@@ -288,13 +330,19 @@ class AsyncLLM:
         await asyncio.to_thread(self.shutdown)
 
     async def _prepare(
-        self, request_id: str, prompt: Any, params: SamplingParams, priority: int
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams | PoolingParams,
+        priority: int,
     ) -> PreparedRequest:
-        prepare = self._processor.prepare
         if not self.is_running:
             raise EngineStoppedError(str(self.dead_error or "it was shut down"))
-        grammar = await self._processor.grammar(params)
-        arguments = request_id, prompt, params, priority, grammar
+        prepare: Callable[..., PreparedRequest] = self._processor.prepare_pooled
+        arguments: tuple[Any, ...] = request_id, prompt, params, priority
+        if isinstance(params, SamplingParams):
+            prepare = self._processor.prepare
+            arguments = *arguments, await self._processor.grammar(params)
         if _length(prompt) < LONG_TEXT:
             return prepare(*arguments)
         return await self._encode(prepare, *arguments)
@@ -303,28 +351,11 @@ class AsyncLLM:
         event_loop = asyncio.get_running_loop()
         return await event_loop.run_in_executor(self._encoder, function, *arguments)
 
-    async def _submit(
-        self, prepared: PreparedRequest, opened: OpenRequest
-    ) -> RequestStream:
-        """Hands a request to the engine, and its outputs to the stream returned."""
-        stream = RequestStream(prepared, self._processor.tokenizer)
-        mailbox = self._mailbox_of(asyncio.get_running_loop())
-
-        def receive(item: TokenOutput | EngineStoppedError) -> None:
-            if isinstance(item, EngineStoppedError):
-                opened.fail(item)
-            elif opened.receive(item):
-                self._loop.abort(stream.request_id, item.index)
-
-        opened.open(stream)
-        added = self._loop.add(prepared.request, mailbox.sink(receive))
-        await asyncio.wrap_future(added)
-        return stream
-
-    def _mailbox_of(self, event_loop: asyncio.AbstractEventLoop) -> Mailbox:
-        if self._mailbox is None or self._mailbox.event_loop is not event_loop:
-            self._mailbox = Mailbox(event_loop)
-        return self._mailbox
+    async def _submit(self, prepared: PreparedRequest, opened: OpenRequest) -> None:
+        """Hands a request to the engine, and its outputs to whoever opened it."""
+        stream = make_stream(prepared, self._processor.tokenizer)
+        opened.open(stream, partial(self._loop.abort, stream.request_id))
+        await asyncio.wrap_future(self._loop.add(prepared.request, opened))
 
 
 def _length(prompt: Any) -> int:

@@ -14,10 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from jllm.bench.cli import add_parser as add_bench_parser
+from jllm.commands import convert, inspect
 from jllm.config import EngineConfig
 from jllm.errors import EngineStoppedError, InvalidRequestError, JllmError
 from jllm.flags import add_flags, given_values
-from jllm.types import RequestOutput, RequestOutputKind, SamplingParams
+from jllm.outputs import RequestOutput
+from jllm.types import RequestOutputKind, SamplingParams
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -118,6 +120,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_command(commands, "demo", run_demo, "see what the embedded model writes")
     for point in importlib.metadata.entry_points(group=COMMANDS_GROUP):
         _add_plugin(commands, point.name, point.load())
+    inspect.add_parser(commands)
+    convert.add_parser(commands)
     environment = commands.add_parser(
         "env", help="print versions and devices", allow_abbrev=False
     )

@@ -4,30 +4,31 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import signal
-import threading
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-from tqdm import tqdm
 
 from jllm.config import EngineConfig, make_config
 from jllm.engine.admission import validate
 from jllm.engine.create import create_engine
 from jllm.engine.garbage import QuietGarbage
+from jllm.engine.interrupts import delayed_interrupts
 from jllm.errors import ConfigError, EngineStoppedError, InvalidRequestError
+from jllm.outputs import EmbeddingRequestOutput, RequestOutput, ScoreRequestOutput
+from jllm.pooling import Pooling, PoolingParams
 from jllm.text.chat_template import ChatOptions
-from jllm.text.output import RequestStream
+from jllm.text.embedding import Stream, make_stream
+from jllm.text.progress import Progress
 from jllm.text.prompts import (
     PreparedRequest,
     Prompt,
     make_processor,
+    one_each,
     split_prompts,
 )
-from jllm.types import RequestOutput, RequestOutputKind, SamplingParams
+from jllm.text.scoring import score_output, split_continuations
+from jllm.types import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger("jllm")
 
@@ -53,7 +54,7 @@ class LLM:
         self._config = config = make_config(model, options)
         self._closed = False
         self._ids = itertools.count()
-        self._open: dict[str, RequestStream] = {}
+        self._open: dict[str, Stream] = {}
         self._engine = create_engine(config)
         limits, info = self._engine.limits, self._engine.info
         try:
@@ -115,6 +116,25 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns what is used where no sampling parameters are given."""
         return self._default_params
+
+    @property
+    def weights(self) -> Any:
+        """The tree of arrays that the model computes with; see `update_weights`."""
+        return self._engine.weights
+
+    def update_weights(self, weights: Any) -> None:
+        """Computes with other weights from the next step on.
+
+        Nothing is compiled, and nothing copied that is on the devices already. Cached
+        prefixes are not used any more; sequences that run go on with what they have.
+
+        Args:
+            weights: A tree like `weights`: the same structure, shapes and types.
+
+        Raises:
+            ConfigError: It is not; names the array.
+        """
+        self._engine.update_weights(weights)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prompt prefixes; False while requests are running."""
@@ -179,6 +199,89 @@ class LLM:
         prepared = self._prepare(prompts, sampling_params, priority)
         return self._run(prepared, use_tqdm=use_tqdm)
 
+    def embed(
+        self,
+        prompts: Any,
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+        priority: Any = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Computes embeddings of prompts from the model's last hidden states.
+
+        Args:
+            prompts: As in `generate`.
+            pooling: "last", "mean" or "cls"; see `jllm.PoolingParams`.
+            normalize: Whether vectors are scaled to length 1.
+            dimensions: Leading numbers kept of each; None keeps all.
+            truncate_prompt_tokens: Last tokens kept of each prompt; -1 is as many as
+                the context holds.
+            use_tqdm: Whether a progress bar is shown.
+            priority: As in `generate`.
+
+        Returns:
+            One output per prompt, in their order; the vector is `outputs.embedding`.
+        """
+        params = PoolingParams(
+            pooling=pooling,
+            normalize=normalize,
+            dimensions=dimensions,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+        )
+        items = split_prompts(prompts)
+        priorities = one_each("priority", priority, 0, len(items))
+        prepare = self._processor.prepare_pooled
+        prepared = [
+            self._prepare_one(f"prompt {i}", prepare, item, params, priorities[i])
+            for i, item in enumerate(items)
+        ]
+        return self._run(prepared, use_tqdm=use_tqdm)
+
+    def score(
+        self, prompts: Any, continuations: Any, *, use_tqdm: bool = True
+    ) -> list[ScoreRequestOutput]:
+        """Computes how probable continuations of prompts are.
+
+        What they share is computed once, as far as the prefix cache holds it. Texts are
+        joined before they are encoded; a token on the border is the continuation's.
+
+        Args:
+            prompts: As in `generate`.
+            continuations: For one prompt a string, a list of token ids, or a list of
+                these; for a list of prompts a list with one such entry for each.
+            use_tqdm: Whether a progress bar is shown.
+
+        Returns:
+            One output per prompt, in their order, with a score per continuation.
+
+        Raises:
+            InvalidRequestError: A prompt or continuation is wrong, or has no tokens.
+        """
+        prepare = self._processor.prepare_scored
+        groups = [
+            [
+                self._prepare_one(f"prompt {i}, continuation {j}", prepare, prompt, own)
+                for j, own in enumerate(group)
+            ]
+            for i, (prompt, group) in enumerate(
+                split_continuations(prompts, continuations)
+            )
+        ]
+        # The others follow once the first has filled the prefix cache.
+        followers = {group[0].request.request_id: group[1:] for group in groups}
+        firsts = [group[0] for group in groups]
+        outputs = self._run(firsts, use_tqdm=use_tqdm, followers=followers)
+        found = {output.request_id: output for output in outputs}
+        return [
+            ScoreRequestOutput(
+                [score_output(item, found[item.request.request_id]) for item in group]
+            )
+            for group in groups
+        ]
+
     def chat_prompt(self, messages: Any, **chat_options: Any) -> Prompt:
         """Renders a conversation to a prompt for `generate` or `stream`."""
         options = ChatOptions.from_keywords(chat_options)
@@ -220,29 +323,40 @@ class LLM:
         self, prompts: Sequence[Any], sampling_params: Any, priority: Any
     ) -> list[PreparedRequest]:
         """Checks everything that can be wrong; queues nothing."""
-        if self._closed:
-            raise EngineStoppedError("the LLM was closed")
         params = one_each(
             "sampling_params", sampling_params, self._default_params, len(prompts)
         )
         priorities = one_each("priority", priority, 0, len(prompts))
-        prepared: list[PreparedRequest] = []
-        for i, prompt in enumerate(prompts):
-            try:
-                item = self._processor.prepare(
-                    str(next(self._ids)), prompt, params[i], priorities[i]
-                )
-                validate(item.request, self._engine.limits)
-            except InvalidRequestError as error:
-                message = f"prompt {i}: {error}"
-                raise type(error)(message, parameter=error.parameter) from error
-            prepared.append(item)
-        return prepared
+        prepare = self._processor.prepare
+        return [
+            self._prepare_one(f"prompt {i}", prepare, prompt, params[i], priorities[i])
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _prepare_one(
+        self, name: str, prepare: Callable[..., PreparedRequest], *arguments: Any
+    ) -> PreparedRequest:
+        if self._closed:
+            raise EngineStoppedError("the LLM was closed")
+        try:
+            item = prepare(str(next(self._ids)), *arguments)
+            validate(item.request, self._engine.limits)
+        except InvalidRequestError as error:
+            message = f"{name}: {error}"
+            raise type(error)(message, parameter=error.parameter) from error
+        return item
 
     def _run(
-        self, prepared: Sequence[PreparedRequest], *, use_tqdm: bool
-    ) -> list[RequestOutput]:
-        progress = _Progress(len(prepared), is_shown=use_tqdm)
+        self,
+        prepared: Sequence[PreparedRequest],
+        *,
+        use_tqdm: bool,
+        followers: Mapping[str, Sequence[PreparedRequest]] | None = None,
+    ) -> list[Any]:
+        """Runs requests to their end, and others once those they follow have ended."""
+        followers = followers or {}
+        total = len(prepared) + sum(map(len, followers.values()))
+        progress = Progress(total, is_shown=use_tqdm)
         kind = RequestOutputKind.FINAL_ONLY
         with (
             QuietGarbage(freeze=False) as garbage,
@@ -251,12 +365,16 @@ class LLM:
         ):
             for stream in streams:
                 while not stream.finished:
-                    progress.update(self._step())
+                    ended = self._step()
+                    progress.update(ended)
                     garbage.note_step()
+                    for item in ended:
+                        for follower in followers.get(item.request_id, ()):
+                            self._queue(follower, kind, streams)
         outputs = [stream.take() for stream in streams]
         return [output for output in outputs if output is not None]
 
-    def _stream(self, prepared: PreparedRequest) -> Iterator[RequestOutput]:
+    def _stream(self, prepared: PreparedRequest) -> Iterator[Any]:
         with self._serve([prepared], None) as (stream,):
             finished = False
             while not finished:
@@ -271,105 +389,61 @@ class LLM:
     @contextlib.contextmanager
     def _serve(
         self, prepared: Sequence[PreparedRequest], kind: RequestOutputKind | None
-    ) -> Generator[list[RequestStream]]:
+    ) -> Generator[list[Stream]]:
         """Queues requests; whatever is left of them in the end is aborted."""
-        streams: list[RequestStream] = []
+        streams: list[Stream] = []
         try:
             for item in prepared:
-                stream = RequestStream(item, self._processor.tokenizer, kind)
-                self._engine.add(item.request)
-                self._open[stream.request_id] = stream
-                streams.append(stream)
+                self._queue(item, kind, streams)
             yield streams
         finally:
             for stream in streams:
                 if self._open.pop(stream.request_id, None) is not None:
                     self._engine.abort(stream.request_id)
 
-    def _step(self) -> list[RequestStream]:
+    def _queue(
+        self,
+        prepared: PreparedRequest,
+        kind: RequestOutputKind | None,
+        streams: list[Stream],
+    ) -> None:
+        stream = make_stream(prepared, self._processor.tokenizer, kind)
+        self._engine.add(prepared.request)
+        self._open[stream.request_id] = stream
+        streams.append(stream)
+
+    def _step(self) -> list[Stream]:
         """Runs a step for all open streams; returns those that ended."""
         if not self._engine.has_unfinished:
             raise EngineStoppedError("the LLM was closed, or the engine has failed")
-        with _interrupts_afterwards():
+        with delayed_interrupts():
             outputs = self._engine.step()
-        ended: list[RequestStream] = []
-        for output in outputs:
+        ended: list[Stream] = []
+        for (request_id, index), token_id in zip(
+            outputs.keys, outputs.token_ids, strict=True
+        ):
+            stream = self._open.get(request_id)
+            if stream is not None and stream.push_token(index, token_id):
+                self._end_sequence(stream, index)
+                self._note_end(stream, ended)
+        for output in outputs.others:
             stream = self._open.get(output.request_id)
             if stream is None:
                 continue
-            has_stopped = stream.push(output)
-            if stream.finished:
-                ended.append(self._open.pop(stream.request_id))
-                if stream.error is not None:
-                    logger.warning("prompt %s: %s", stream.request_id, stream.error)
-            if has_stopped and stream.finished:
-                self._engine.abort(output.request_id)
-            elif has_stopped:
-                self._engine.abort_sequence(output.request_id, output.index)
+            if stream.push(output):
+                self._end_sequence(stream, output.index)
+            self._note_end(stream, ended)
         return ended
 
+    def _end_sequence(self, stream: Stream, index: int) -> None:
+        """Has the engine end a sequence whose text has met a stop string."""
+        if stream.finished:
+            self._engine.abort(stream.request_id)
+        else:
+            self._engine.abort_sequence(stream.request_id, index)
 
-def one_each(name: str, value: Any, default: Any, count: int) -> list[Any]:
-    """Spreads one value over all prompts, or takes a list with one for each.
-
-    Raises:
-        InvalidRequestError: The list has another length, or a value another type.
-    """
-    if value is None:
-        return [default] * count
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
-    if len(values) != count:
-        raise InvalidRequestError(
-            f"{name} has {len(values)} entries, but there are {count} prompts",
-            parameter=name,
-        )
-    for item in values:
-        if not isinstance(item, type(default)) or isinstance(item, bool):
-            kind = type(default).__name__
-            raise InvalidRequestError(
-                f"{name} must hold {kind}, not {item!r}", parameter=name
-            )
-    return values
-
-
-class _Progress:
-    """A bar over the prompts, with the speed in tokens per second."""
-
-    def __init__(self, total: int, *, is_shown: bool) -> None:
-        self._bar = tqdm(
-            total=total, disable=not is_shown, desc="prompts", dynamic_ncols=True
-        )
-        self._began = time.perf_counter()
-        self._num_tokens = 0
-
-    def update(self, ended: Sequence[RequestStream]) -> None:
-        """Counts prompts that ended."""
-        if ended:
-            self._num_tokens += sum(stream.num_tokens for stream in ended)
-            speed = self._num_tokens / (time.perf_counter() - self._began)
-            self._bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
-            self._bar.update(len(ended))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-
-@contextlib.contextmanager
-def _interrupts_afterwards() -> Generator[None]:
-    """Delays Ctrl-C to the end of a step, which would leave the state half updated."""
-    previous = signal.getsignal(signal.SIGINT)
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or not callable(previous):
-        yield
-        return
-    caught: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if caught:
-            previous(*caught[-1])
+    def _note_end(self, stream: Stream, ended: list[Stream]) -> None:
+        if stream.finished:
+            ended.append(self._open.pop(stream.request_id))
+            if stream.error is not None:
+                logger.warning("prompt %s: %s", stream.request_id, stream.error)

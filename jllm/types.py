@@ -9,10 +9,11 @@ blocks per row at most, `N` any count.
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
-from jllm.errors import InvalidRequestError
+from jllm.checks import boolean, id_list, integer, number, string_list, wrong
+from jllm.pooling import PoolingParams
 from jllm.structured_outputs import StructuredOutputsParams, make_structured_outputs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -34,54 +35,6 @@ class RequestOutputKind(enum.Enum):
     CUMULATIVE = 0
     DELTA = 1
     FINAL_ONLY = 2
-
-
-def _fail(field: str, value: object, rule: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{field}={value!r} {rule}", parameter=field)
-
-
-def _number(field: str, value: Any, low: float, high: float, rule: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _fail(field, value, "must be a number")
-    if not (math.isfinite(value) and low <= value <= high):
-        raise _fail(field, value, rule)
-    return float(value)
-
-
-def _integer(field: str, value: Any, low: int, high: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _fail(field, value, "must be an integer")
-    if value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise _fail(field, value, f"must be {bound}")
-    return value
-
-
-def _boolean(field: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise _fail(field, value, "must be true or false")
-
-
-def _ids(field: str, value: Any, limit: int | None = None) -> tuple[int, ...]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise _fail(field, value, "must be a list of token ids")
-    tokens = cast(Sequence[Any], value)
-    ids = tuple(dict.fromkeys(_integer(field, token, 0) for token in tokens))
-    if limit is not None and len(ids) > limit:
-        raise _fail(field, f"<{len(ids)} ids>", f"must hold at most {limit} ids")
-    return ids
-
-
-def _strings(field: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise _fail(field, value, "must be a string or a list of strings")
-    values = (value,) if isinstance(value, str) else cast(Sequence[Any], value)
-    for text in values:
-        if not isinstance(text, str):
-            raise _fail(field, value, "must hold strings only")
-        if not text:
-            raise _fail(field, value, "must not hold an empty string")
-    return tuple(values)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,18 +118,18 @@ class SamplingParams:
             "spaces_between_special_tokens",
             "include_stop_str_in_output",
         ):
-            _boolean(field, getattr(self, field))
+            boolean(field, getattr(self, field))
         if self.output_kind not in tuple(RequestOutputKind):
-            raise _fail("output_kind", self.output_kind, "must be a RequestOutputKind")
+            raise wrong("output_kind", self.output_kind, "must be a RequestOutputKind")
         structured = make_structured_outputs(self.structured_outputs)
         self._set(structured_outputs=structured)
         if self.thinking_token_budget is not None:
-            _integer("thinking_token_budget", self.thinking_token_budget, -1)
+            integer("thinking_token_budget", self.thinking_token_budget, -1)
         if self.stop and not self.detokenize:
-            raise _fail("stop", self.stop, "needs detokenize=True")
+            raise wrong("stop", self.stop, "needs detokenize=True")
         if self.is_greedy:
             if self.n > 1:
-                raise _fail("n", self.n, "must be 1 with temperature=0 (greedy)")
+                raise wrong("n", self.n, "must be 1 with temperature=0 (greedy)")
             self._set(top_p=1.0, top_k=0, min_p=0.0)
         elif self.temperature < MIN_TEMPERATURE:
             self._set(temperature=MIN_TEMPERATURE)
@@ -186,11 +139,11 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
     def _check_numbers(self) -> None:
-        _integer("n", self.n, 1, MAX_N)
+        integer("n", self.n, 1, MAX_N)
         for field in ("presence_penalty", "frequency_penalty"):
             rule = "must be between -2 and 2"
-            self._set(**{field: _number(field, getattr(self, field), -2, 2, rule)})
-        repetition = _number(
+            self._set(**{field: number(field, getattr(self, field), -2, 2, rule)})
+        repetition = number(
             "repetition_penalty",
             self.repetition_penalty,
             0,
@@ -198,29 +151,29 @@ class SamplingParams:
             "must be finite and above 0",
         )
         if repetition <= 0:
-            raise _fail("repetition_penalty", repetition, "must be finite and above 0")
-        temperature = _number(
+            raise wrong("repetition_penalty", repetition, "must be finite and above 0")
+        temperature = number(
             "temperature", self.temperature, 0, 2, "must be between 0 and 2"
         )
-        top_p = _number("top_p", self.top_p, 0, 1, "must be above 0 and at most 1")
+        top_p = number("top_p", self.top_p, 0, 1, "must be above 0 and at most 1")
         if top_p <= 0:
-            raise _fail("top_p", top_p, "must be above 0 and at most 1")
-        min_p = _number("min_p", self.min_p, 0, 1, "must be between 0 and 1")
-        top_k = _integer("top_k", self.top_k, -1)
+            raise wrong("top_p", top_p, "must be above 0 and at most 1")
+        min_p = number("min_p", self.min_p, 0, 1, "must be between 0 and 1")
+        top_k = integer("top_k", self.top_k, -1)
         seed = self.seed
         if seed is not None:
-            seed = _integer("seed", seed, -(2**63), 2**64 - 1)
+            seed = integer("seed", seed, -(2**63), 2**64 - 1)
             seed = None if seed == -1 else seed
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1)
-        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+            integer("max_tokens", self.max_tokens, 1)
+        integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         for field in ("logprobs", "prompt_logprobs"):
             if getattr(self, field) is not None:
-                _integer(field, getattr(self, field), -1)
+                integer(field, getattr(self, field), -1)
         if self.truncate_prompt_tokens is not None:
-            _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1)
+            integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1)
             if self.truncate_prompt_tokens == 0:
-                raise _fail("truncate_prompt_tokens", 0, "must be -1 or at least 1")
+                raise wrong("truncate_prompt_tokens", 0, "must be -1 or at least 1")
         self._set(
             repetition_penalty=repetition,
             temperature=temperature,
@@ -232,28 +185,28 @@ class SamplingParams:
 
     def _check_lists(self) -> None:
         self._set(
-            stop=_strings("stop", () if self.stop is None else self.stop),
-            stop_token_ids=_ids(
+            stop=string_list("stop", () if self.stop is None else self.stop),
+            stop_token_ids=id_list(
                 "stop_token_ids", self.stop_token_ids or (), MAX_STOP_TOKEN_IDS
             ),
         )
         words = () if self.bad_words is None else self.bad_words
-        self._set(bad_words=_strings("bad_words", words))
+        self._set(bad_words=string_list("bad_words", words))
         if len(words) > MAX_BAD_WORDS:
             rule = f"must hold at most {MAX_BAD_WORDS} strings"
-            raise _fail("bad_words", f"<{len(words)} strings>", rule)
+            raise wrong("bad_words", f"<{len(words)} strings>", rule)
         if self.allowed_token_ids is not None:
-            allowed = _ids("allowed_token_ids", self.allowed_token_ids)
+            allowed = id_list("allowed_token_ids", self.allowed_token_ids)
             if not allowed:
-                raise _fail("allowed_token_ids", [], "must not be empty")
+                raise wrong("allowed_token_ids", [], "must not be empty")
             self._set(allowed_token_ids=allowed)
         if self.logprob_token_ids is not None:
-            ids = _ids(
+            ids = id_list(
                 "logprob_token_ids", self.logprob_token_ids, MAX_LOGPROB_TOKEN_IDS
             )
             if self.logprobs is not None and self.logprobs != len(ids):
                 rule = f"must equal the {len(ids)} logprob_token_ids when both are set"
-                raise _fail("logprobs", self.logprobs, rule)
+                raise wrong("logprobs", self.logprobs, rule)
             self._set(logprob_token_ids=ids)
         if self.logit_bias is not None:
             self._set(logit_bias=self._checked_bias(self.logit_bias))
@@ -261,39 +214,24 @@ class SamplingParams:
     @staticmethod
     def _checked_bias(value: Any) -> dict[int, float]:
         if not isinstance(value, Mapping):
-            raise _fail("logit_bias", value, "must map token ids to numbers")
+            raise wrong("logit_bias", value, "must map token ids to numbers")
         bias = cast(Mapping[Any, Any], value)
         if len(bias) > MAX_LOGIT_BIAS:
             rule = f"must hold at most {MAX_LOGIT_BIAS} ids"
-            raise _fail("logit_bias", f"<{len(bias)} ids>", rule)
+            raise wrong("logit_bias", f"<{len(bias)} ids>", rule)
         checked: dict[int, float] = {}
         for key, value in bias.items():
             # JSON has only strings for keys.
             token = int(key) if isinstance(key, str) and key.isdecimal() else key
-            token = _integer("logit_bias", token, 0)
-            number = _number("logit_bias", value, -math.inf, math.inf, "must be finite")
-            checked[token] = min(100.0, max(-100.0, number))
+            token = integer("logit_bias", token, 0)
+            bias_of = number("logit_bias", value, -math.inf, math.inf, "must be finite")
+            checked[token] = min(100.0, max(-100.0, bias_of))
         return checked
 
     @property
     def is_greedy(self) -> bool:
         """Whether the best token is always taken."""
         return self.temperature < GREEDY_TEMPERATURE
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Logprob:
-    """One log-probability.
-
-    Attributes:
-        logprob: Natural logarithm, of the model's own distribution.
-        rank: 1 for the most probable token of the vocabulary.
-        decoded_token: Text of the token, None without a tokenizer.
-    """
-
-    logprob: float
-    rank: int | None = None
-    decoded_token: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -315,12 +253,9 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TokenOutput:
     """What one step brought for one sequence of a request.
-
-    Not frozen, which would make it three times as slow to make; there is one for every
-    token.
 
     Attributes:
         request_id: Id given to `Engine.add`.
@@ -336,6 +271,8 @@ class TokenOutput:
         is_complete: Whether a grammar ended it, with a last token that is output.
         scheduled_time: When the first step of the sequence was launched, on the
             monotonic clock; at least with its first token.
+        pooled: What the hidden states of a pooled prompt were reduced to, a numpy array
+            f64[E], in its only output.
     """
 
     request_id: str
@@ -349,75 +286,35 @@ class TokenOutput:
     error: str | None = None
     is_complete: bool = False
     scheduled_time: float | None = None
+    pooled: Any = None
 
 
-@dataclasses.dataclass(slots=True)
-class CompletionOutput:
-    """One generated sequence.
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepOutputs:
+    """What one step brought for all sequences.
 
-    Attributes:
-        index: Which of the `n` sequences.
-        text: Generated text.
-        token_ids: Generated tokens.
-        cumulative_logprob: Sum over the sampled tokens when logprobs were asked for.
-        logprobs: Per token, id to `Logprob`.
-        finish_reason: None while it runs.
-        stop_reason: The stop string or stop token id that ended it.
-    """
-
-    index: int
-    text: str
-    token_ids: Sequence[int]
-    cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-    def finished(self) -> bool:
-        """Whether the sequence has ended."""
-        return self.finish_reason is not None
-
-
-@dataclasses.dataclass(slots=True)
-class RequestMetrics:
-    """Times of one request in seconds on the monotonic clock.
+    Most have a token and nothing else to tell; nothing is made for each of these.
 
     Attributes:
-        arrival_time: When it was added.
-        scheduled_time: When the first step with its tokens was launched.
-        first_token_time: When its first token reached the host.
-        finished_time: When its last sequence ended.
+        keys: Request id and index of the sequences with just a token.
+        token_ids: Their tokens.
+        others: The outputs of the others: with a first token, or an end, or
+            log-probabilities.
     """
 
-    arrival_time: float
-    scheduled_time: float | None = None
-    first_token_time: float | None = None
-    finished_time: float | None = None
+    keys: Sequence[tuple[str, int]] = ()
+    token_ids: Sequence[int] = ()
+    others: Sequence[TokenOutput] = ()
 
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.keys) + len(self.others)
 
-@dataclasses.dataclass(slots=True)
-class RequestOutput:
-    """What is known of a request so far, or in all when `finished`.
-
-    Attributes:
-        request_id: Id of the request.
-        prompt: Its text, None for token prompts.
-        prompt_token_ids: Its tokens.
-        prompt_logprobs: Per prompt token, None for the first.
-        outputs: One entry per sequence.
-        finished: Whether all sequences have ended.
-        metrics: Times.
-        num_cached_tokens: Prompt tokens found in the prefix cache.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
-    outputs: list[CompletionOutput]
-    finished: bool
-    metrics: RequestMetrics | None = None
-    num_cached_tokens: int | None = None
+    def __iter__(self) -> Iterator[TokenOutput]:
+        """Goes through all one by one."""
+        for key, token_id in zip(self.keys, self.token_ids, strict=True):
+            yield TokenOutput(*key, (token_id,))
+        yield from self.others
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -436,6 +333,10 @@ class EngineRequest:
         grammar: What `params.structured_outputs` was compiled to, a
             `jllm.sampling.grammar.Grammar`.
         thinking: What bounds its reasoning, a `jllm.sampling.thinking.Thinking`.
+        pooling: How the prompt's hidden states become one vector; such a request
+            generates nothing.
+        prompt_logprobs_start: First position of the prompt with prompt logprobs; what
+            lies before may come from the prefix cache.
     """
 
     request_id: str
@@ -447,3 +348,5 @@ class EngineRequest:
     cache_salt: str | None = None
     grammar: Any = None
     thinking: Any = None
+    pooling: PoolingParams | None = None
+    prompt_logprobs_start: int = 1

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 PIPE = "pipe"
 DATA = "data"
@@ -53,6 +53,19 @@ def make_mesh(
         # The compiler completes the shardings that the program leaves open.
         axis_types=(AxisType.Auto,) * len(AXES),
         devices=available[:needed],
+    )
+
+
+def abstract_mesh(*, tensor: int = 1) -> AbstractMesh:
+    """A mesh without devices: to say how arrays would be divided.
+
+    Args:
+        tensor: Devices that share each layer.
+    """
+    return AbstractMesh(
+        tuple(tensor if axis == TENSOR else 1 for axis in AXES),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
     )
 
 

@@ -4,7 +4,7 @@ import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from shardings.rules import DEFAULT_RULES, Rules, partition_spec
 
@@ -24,7 +24,9 @@ class Declared(Protocol):
         ...
 
 
-def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+def tree_shardings(
+    tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = DEFAULT_RULES
+) -> Any:
     """Maps a tree of `Declared` to the tree of their `NamedSharding`.
 
     Arrays divided in the same way share one object, so that comparing the shardings of
@@ -48,7 +50,9 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     )
 
 
-def _check_divides(name: str, array: Declared, spec: PartitionSpec, mesh: Mesh) -> None:
+def _check_divides(
+    name: str, array: Declared, spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> None:
     if len(array.axes) != len(array.shape):
         raise ValueError(
             f"{name}: axes {array.axes} do not name the dimensions of {array.shape}"

@@ -104,7 +104,14 @@ def shared_engine(config=LLAMA, **options):
 def request(request_id, prompt, **params):
     engine_fields = {
         name: params.pop(name)
-        for name in ("priority", "cache_salt", "bad_words_token_ids", "eos_token_ids")
+        for name in (
+            "priority",
+            "cache_salt",
+            "bad_words_token_ids",
+            "eos_token_ids",
+            "pooling",
+            "prompt_logprobs_start",
+        )
         if name in params
     }
     return EngineRequest(

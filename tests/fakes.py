@@ -15,10 +15,11 @@ from jllm.engine.engine import ModelInfo
 from jllm.errors import InvalidRequestError
 from jllm.metrics import EngineStats
 from jllm.text.tokenizer import Tokenizer
-from jllm.types import TokenLogprobs, TokenOutput
+from jllm.types import StepOutputs, TokenLogprobs, TokenOutput
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 260
+WIDTH = 8
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n"
     "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
@@ -79,7 +80,7 @@ class FakeEngine:
 
     def __init__(self, answer="hello world", *, max_model_len=128, fail_at=None):
         self.answer = answer
-        self.limits = Limits(VOCAB_SIZE, max_model_len, 20, (EOS,))
+        self.limits = Limits(VOCAB_SIZE, max_model_len, 20, (EOS,), WIDTH)
         folder = pathlib.Path(tempfile.mkdtemp(prefix="jllm-fake-"))
         self.info = ModelInfo(save_tokenizer(folder), {"top_k": 7})
         self.added, self.aborted, self.closed = [], [], 0
@@ -120,11 +121,17 @@ class FakeEngine:
             self.on_step(self)
         if self.num_steps == self.fail_at:
             raise RuntimeError("the device is gone")
-        outputs = [self._output(key, row) for key, row in list(self._open.items())]
-        for output in outputs:
+        keys, token_ids, others = [], [], []
+        for key, row in list(self._open.items()):
+            output = self._output(key, row)
+            if row.given > 1 and not (output.finish_reason or output.logprobs):
+                keys.append(key)
+                token_ids += output.token_ids
+                continue
+            others.append(output)
             if output.finish_reason:
-                del self._open[output.request_id, output.index]
-        return outputs
+                del self._open[key]
+        return StepOutputs(keys, token_ids, others)
 
     def _output(self, key, row):
         params = row.request.params
@@ -133,6 +140,11 @@ class FakeEngine:
         reason, stop = None, None
         if key[0] == self.error_for:
             return TokenOutput(*key, (), finish_reason="error", error="not finite")
+        if row.request.pooling is not None:
+            pooled = 1.0 + np.arange(WIDTH) * len(row.request.prompt_token_ids)
+            return TokenOutput(
+                *key, (), finish_reason="stop", num_cached_tokens=3, pooled=pooled
+            )
         if token in params.stop_token_ids:
             reason, stop = "stop", token
         elif token == EOS and not params.ignore_eos:

@@ -17,7 +17,7 @@ TREES = {path: ast.parse(path.read_text("utf-8")) for path in SOURCES}
 
 MAX_FILE_LINES = {"pallas_kernels": 900}
 MAX_FUNCTION_LINES = {"pallas_kernels": 150}
-MAX_ARGUMENTS = {"pallas_kernels": 10}
+MAX_ARGUMENTS = 9
 KERNEL_FILES = (
     "__init__.py",
     "api.py",
@@ -31,6 +31,8 @@ SHARED_MODEL_FILES = {"__init__", "base", "registry"}
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load"}
 UNWANTED_NAMES = {"os.environ", "os.getenv", "typing.TYPE_CHECKING"}
+# libtpu tells its compiler's flags in no other way.
+ENVIRONMENT_READERS = {"jllm/engine/executables.py": {"os.environ"}}
 # Paths of a developer's machine; the project speaks of itself alone.
 FOREIGN_PATHS = re.compile(r"/work/|/root/|/home/|\.\./shared")
 
@@ -124,7 +126,12 @@ def test_sources_are_found():
 
 
 def test_nothing_forbidden():
-    assert offenders(lambda path: forbidden_uses(TREES[path])) == {}
+    def rule(path):
+        allowed = ENVIRONMENT_READERS.get(name_of(path), ())
+        uses = forbidden_uses(TREES[path])
+        return [use for use in uses if use.split(": ")[1] not in allowed]
+
+    assert offenders(rule) == {}
 
 
 @pytest.mark.parametrize(
@@ -173,8 +180,7 @@ def test_functions_are_short():
 def test_functions_have_few_arguments():
     def too_many(path):
         counts = [(f.name, argument_count(f)) for f in functions(TREES[path])]
-        bound = MAX_ARGUMENTS.get(package_of(path), 9)
-        return [f"{name}: {n}" for name, n in counts if n > bound]
+        return [f"{name}: {n}" for name, n in counts if n > MAX_ARGUMENTS]
 
     assert offenders(too_many) == {}
 

@@ -5,7 +5,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from jllm.checks import integer
+from jllm.engine.pooling import PooledPrompt
 from jllm.errors import ContextTooLongError, InvalidRequestError
+from jllm.pooling import PoolingParams
 from jllm.sampling.grammar import Matcher
 from jllm.sampling.rules import RowRules, RuleLayout, pack_rules
 from jllm.sampling.thinking import ThinkingMatcher
@@ -22,12 +25,14 @@ class Limits:
         max_model_len: Most tokens of prompt and output.
         max_logprobs: Most log-probabilities per token.
         eos_token_ids: Tokens that end the output of this model.
+        width: Length of its hidden states.
     """
 
     vocab_size: int
     max_model_len: int
     max_logprobs: int
     eos_token_ids: tuple[int, ...]
+    width: int
 
 
 @dataclasses.dataclass(slots=True)
@@ -41,9 +46,11 @@ class Job:
         stop_token_ids: All tokens that end it, those the user named first.
         rules: Packed sampling rules, None when it needs no sampler program.
         prompt_logprobs: Collected entries by position, from position 1.
+        first_scored: Position of the first token whose successor is scored for them.
         matcher: Its place in the grammar that its output follows, None without one.
         failure: Why that grammar cannot go on.
         scheduled_time: When its first step was launched, on the monotonic clock.
+        pooled: Sums of its hidden states, where it is pooled and generates nothing.
     """
 
     request: EngineRequest
@@ -52,9 +59,11 @@ class Job:
     stop_token_ids: tuple[int, ...]
     rules: np.ndarray | None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    first_scored: int = 0
     matcher: Matcher | ThinkingMatcher | None = None
     failure: str | None = None
     scheduled_time: float | None = None
+    pooled: PooledPrompt | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -73,6 +82,9 @@ def validate(request: EngineRequest, limits: Limits) -> None:
     if not prompt:
         raise InvalidRequestError("the prompt is empty", parameter="prompt")
     _check_ids("prompt_token_ids", prompt, limits.vocab_size)
+    if request.pooling is not None:
+        _check_pooled(len(prompt), request.pooling, limits)
+        return
     if len(prompt) >= limits.max_model_len:
         raise ContextTooLongError(
             # Clients know the error by OpenAI's words for it, which come first.
@@ -91,6 +103,9 @@ def validate(request: EngineRequest, limits: Limits) -> None:
             "structured_outputs must have been compiled to a grammar",
             parameter="structured_outputs",
         )
+    start, last = request.prompt_logprobs_start, len(prompt) - 1
+    if start != 1:
+        integer("prompt_logprobs_start", start, 1, last)
     for field in ("logprobs", "prompt_logprobs"):
         count = getattr(params, field)
         asked = limits.vocab_size if count == -1 else count
@@ -99,6 +114,21 @@ def validate(request: EngineRequest, limits: Limits) -> None:
                 f"{field}={count} must be at most max_logprobs={limits.max_logprobs}",
                 parameter=field,
             )
+
+
+def _check_pooled(length: int, pooling: PoolingParams, limits: Limits) -> None:
+    if length > limits.max_model_len:
+        raise ContextTooLongError(
+            f"this model's maximum context length is {limits.max_model_len} tokens "
+            f"(max_model_len), and the prompt has {length}",
+            parameter="prompt",
+        )
+    if pooling.dimensions is not None and pooling.dimensions > limits.width:
+        raise InvalidRequestError(
+            f"dimensions={pooling.dimensions} must be at most {limits.width}, the "
+            "width of the model",
+            parameter="dimensions",
+        )
 
 
 def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
@@ -131,6 +161,9 @@ def make_sequences(
     params, prompt = request.params, request.prompt_token_ids
     room = limits.max_model_len - len(prompt)
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    pooling, pooled = request.pooling, None
+    if pooling is not None:
+        max_tokens, pooled = 0, PooledPrompt(pooling, len(prompt))
     eos = () if params.ignore_eos else (*limits.eos_token_ids, *request.eos_token_ids)
     stop_ids = tuple(dict.fromkeys((*(params.stop_token_ids or ()), *eos)))
     rules = None
@@ -145,11 +178,13 @@ def make_sequences(
             stop_token_ids=stop_ids,
             rules=rules,
             matcher=_matcher(request, limits, rule_layout),
+            pooled=pooled,
         )
         wants_prompt = params.prompt_logprobs is not None and index == 0
         if wants_prompt:
             nothing: list[TokenLogprobs | None] = [None]
             job.prompt_logprobs = nothing * (len(prompt) - 1)
+            job.first_scored = request.prompt_logprobs_start - 1
         sequences.append(
             Request(
                 sequence_id=first_id + index,
@@ -162,12 +197,21 @@ def make_sequences(
                 priority=request.priority,
                 arrival=arrival,
                 cache_salt=request.cache_salt,
-                read_prefix_cache=not wants_prompt,
+                max_cached_tokens=_max_cached(request) if index == 0 else None,
                 fork_of=sequences[0] if index else None,
                 payload=job,
             )
         )
     return sequences
+
+
+def _max_cached(request: EngineRequest) -> int | None:
+    """Tokens whose hidden states are not needed; None for all."""
+    if request.pooling is not None and not request.pooling.reads_prefix_cache():
+        return 0
+    if request.params.prompt_logprobs is None:
+        return None
+    return request.prompt_logprobs_start - 1
 
 
 def _matcher(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jllm.engine.executables import Executable
+from jllm.engine.pooling import pool_step
 from jllm.engine.programs import ProgramOptions, describe, describe_state
 from jllm.engine.state import EngineState
 from jllm.engine.steps import (
@@ -68,12 +69,16 @@ class ProgramBuilder:
             return self.sampler(size)
         if kind == "prompt_logprobs":
             return self.prompt_logprobs()
+        if kind == "pool":
+            return self.pool(size)
         return self.step(kind, size)
 
     def trees(self, kind: str) -> tuple[Any, Any]:
         """Arguments and result of the programs of a kind, as trees of anything."""
         if kind == "init_state":
             return (), self._state
+        if kind == "pool":
+            return (0, 0), 0
         step = StepResult(packed=0, logits=0, sampled_rows=0, hidden=0)
         rules = SamplerInput(rules=0, allowed=0)
         if kind == "sampler":
@@ -123,6 +128,14 @@ class ProgramBuilder:
             self._sampler_input(options.table_rows),
         )
         return self._compile(step, arguments, state_at=1)
+
+    def pool(self, num_tokens: int) -> Executable:
+        """The program that sums the hidden states of a step of `num_tokens` tokens."""
+        step = self._named(partial(pool_step, self._options.table_rows))
+        hidden = self._step_result(num_tokens).hidden
+        owners = self._array((num_tokens,), jnp.int32)
+        jitted = jax.jit(step, out_shardings=self._place)
+        return Executable(jitted.lower(hidden, owners).compile(), frozenset())
 
     @property
     def _sampler_options(self) -> SamplerOptions:

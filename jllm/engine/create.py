@@ -112,6 +112,8 @@ def _create_replica(
     compiling = plan.start()
     try:
         weights = _make_weights(config, files, model, mesh, resolved.dtype)
+        # Closes what it replaces, so that only the newest is left to close.
+        compiling = _fitting_programs(plan, compiling)
         return _assemble(plan, compiling, weights)
     except BaseException:
         compiling.programs.close()
@@ -134,15 +136,18 @@ def _make_weights(
     return load_weights(files, specs, places, dtype, ignore=ignore)
 
 
-def _assemble(plan: StartPlan, compiling: Compiling, weights: Weights) -> Engine:
-    """Waits for the first programs and puts the parts together."""
-    config, resolved, model = plan.config, plan.resolved, plan.model
+def _fitting_programs(plan: StartPlan, compiling: Compiling) -> Compiling:
     try:
-        compiling = programs_that_fit(plan, compiling)
+        return programs_that_fit(plan, compiling)
     except NotImplementedError as error:  # "auto" would have gone on to another kernel
         raise ConfigError(
-            f"attention={config.attention!r} cannot run this model: {error}"
+            f"attention={plan.config.attention!r} cannot run this model: {error}"
         ) from error
+
+
+def _assemble(plan: StartPlan, compiling: Compiling, weights: Weights) -> Engine:
+    """Puts the parts together, once the first programs are there."""
+    config, resolved, model = plan.config, plan.resolved, plan.model
     options, programs = compiling.options, compiling.programs
     pool_tokens = options.num_blocks * resolved.block_size
     max_model_len = min(resolved.max_model_len, pool_tokens)
@@ -168,6 +173,7 @@ def _assemble(plan: StartPlan, compiling: Compiling, weights: Weights) -> Engine
         max_model_len=max_model_len,
         max_logprobs=resolved.max_logprobs,
         eos_token_ids=eos_token_ids(plan.files),
+        width=model.width,
     )
     return Engine(
         EngineParts(

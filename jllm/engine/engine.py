@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from jllm.engine.inputs import InputLayout, pack
 from jllm.engine.logprobs import (
     collect_prompt_logprobs,
     next_tokens,
-    token_logprobs,
     wants_prompt_logprobs,
     wants_sampler,
 )
+from jllm.engine.pooling import add_sums, claim_segments, pool_owners
 from jllm.engine.programs import ProgramOptions, Programs
+from jllm.engine.results import InFlight, step_outputs
 from jllm.engine.state import EngineState, row_fields
 from jllm.engine.steps import SamplerInput, StepResult
 from jllm.errors import InvalidRequestError
@@ -32,32 +33,8 @@ from jllm.scheduler.launched import SequenceUpdate
 from jllm.scheduler.plan import ScheduledRow, StepPlan
 from jllm.scheduler.request import Request
 from jllm.scheduler.scheduler import Scheduler
-from jllm.types import EngineRequest, TokenOutput
-
-NOT_FINITE = "the model's output was not finite"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class InFlight:
-    """A launched step whose tokens have not been read.
-
-    Attributes:
-        plan: What it computes.
-        jobs: The sequences of its rows; some may end before it is read.
-        packed: Its result on the device, on its way to the host.
-        has_logprobs: Whether the result is the sampler program's.
-        prompt_packed: Prompt log-probabilities of all tokens of the step.
-        unsampled: What the sampler program takes, where it has not been called yet.
-        layout: Sizes of the program that ran.
-    """
-
-    plan: StepPlan
-    jobs: list[Job]
-    packed: jax.Array
-    has_logprobs: bool
-    prompt_packed: jax.Array | None
-    unsampled: StepResult | None
-    layout: InputLayout
+from jllm.types import EngineRequest, StepOutputs
+from jllm.weights.update import placed_like
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -204,17 +181,17 @@ class Engine:
                 self._scheduler.abort_sequence(sequence)
         self._forget_if_ended(request_id)
 
-    def step(self) -> list[TokenOutput]:
+    def step(self) -> StepOutputs:
         """Launches the next step and returns the tokens of the one before it."""
         plan = self._scheduler.schedule()
         launched = self._launch(plan) if plan else None
-        outputs = self._collect(self._in_flight) if self._in_flight else []
+        outputs = self._collect(self._in_flight) if self._in_flight else StepOutputs()
         if launched and launched.unsampled:
             # Grammars had to see the tokens before, while the device computed scores.
             launched = self._sample(launched, launched.unsampled)
         self._in_flight = launched
         if launched and not self._parts.overlap:
-            outputs += self._collect(launched)
+            outputs = self._collect(launched)
             self._in_flight = None
         return outputs
 
@@ -236,6 +213,23 @@ class Engine:
     def wait_until_compiled(self) -> None:
         """Returns when the programs of all sizes are compiled."""
         self._parts.programs.wait()
+
+    @property
+    def weights(self) -> Weights:
+        """The tree of arrays that the next step computes with."""
+        return self._parts.weights
+
+    def update_weights(self, weights: Weights) -> None:
+        """Takes other weights for the steps from now on.
+
+        Sequences that run go on with what they have cached, which nobody else will use.
+
+        Raises:
+            ConfigError: The tree differs from `weights` in structure, shapes or types.
+        """
+        placed = placed_like(weights, self._parts.weights)
+        self._parts = dataclasses.replace(self._parts, weights=placed)
+        self._scheduler.start_revision()
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prefixes; False while requests are running."""
@@ -272,9 +266,8 @@ class Engine:
         self.metrics.host_to_device_copies += 1
         self.metrics.dispatches += 1
         unsampled = result if has_logprobs else None
-        flight = InFlight(
-            plan, jobs, result.packed, has_logprobs, None, unsampled, layout
-        )
+        flight = InFlight(plan, jobs, result.packed, has_logprobs, unsampled, layout)
+        flight = self._pool(flight, result)
         if not has_logprobs:
             result.packed.copy_to_host_async()
         elif not wants_grammars(plan, jobs):
@@ -284,6 +277,20 @@ class Engine:
         self._count_tokens(plan, layout)
         self.metrics.launch_seconds += time.perf_counter() - began
         return flight
+
+    def _pool(self, flight: InFlight, result: StepResult) -> InFlight:
+        """Dispatches the sums of hidden states, in a step with pooled prompts."""
+        plan, layout = flight.plan, flight.layout
+        chunks = flight.jobs[len(plan.decoding) :]
+        segments = claim_segments(plan, [job.pooled for job in chunks])
+        if not segments:
+            return flight
+        owners = pool_owners(segments, layout.num_rows, layout.num_tokens)
+        program = self._parts.programs.pool(layout.num_tokens)
+        sums = program(result.hidden, self._upload(owners))
+        self.metrics.dispatches += 1
+        sums.copy_to_host_async()
+        return dataclasses.replace(flight, segments=segments, sums=sums)
 
     def _sample(self, flight: InFlight, result: StepResult) -> InFlight:
         """Dispatches the second program of a step, with rules and grammars."""
@@ -329,7 +336,7 @@ class Engine:
         metrics.step_tokens.observe(plan.num_tokens)
         metrics.mixed_steps += 0 < len(plan.decoding) < plan.num_rows
 
-    def _collect(self, flight: InFlight) -> list[TokenOutput]:
+    def _collect(self, flight: InFlight) -> StepOutputs:
         """Waits for a step, commits its tokens and reports them."""
         packed = np.asarray(flight.packed)
         self.metrics.device_to_host_copies += 1
@@ -339,6 +346,9 @@ class Engine:
             collect_prompt_logprobs(
                 flight.plan, flight.jobs, self._result_layout, prompt_packed
             )
+        if flight.sums is not None:
+            add_sums(flight.segments, np.asarray(flight.sums))
+            self.metrics.device_to_host_copies += 1
         results = packed[: flight.plan.num_rows]
         tokens = results[:, 0].tolist()
         failed = np.flatnonzero(results[:, 1] & FINITE == 0).tolist()
@@ -347,8 +357,8 @@ class Engine:
             complete = self._push_tokens(flight, tokens)
             failed += [i for i, job in enumerate(flight.jobs) if job.failure]
         updates = self._scheduler.commit(flight.plan, tokens, failed, complete)
-        outputs = self._outputs(updates, flight, packed)
-        self._forget_finished(updates)
+        outputs = step_outputs(updates, flight, packed, self._result_layout)
+        self._forget_finished(updates.others)
         return outputs
 
     def _push_tokens(self, flight: InFlight, tokens: list[int]) -> frozenset[int]:
@@ -388,58 +398,7 @@ class Engine:
             # A copy, since a transfer may alias the buffer that is changed next time.
             self._device_rules = self._upload(self._rules.copy())
 
-    def _outputs(
-        self, updates: list[SequenceUpdate], flight: InFlight, packed: np.ndarray
-    ) -> list[TokenOutput]:
-        """What callers are told; most rows have a token and nothing else."""
-        num_plain = 0 if flight.has_logprobs else len(flight.plan.decoding)
-        return [
-            TokenOutput(
-                request.request_id,
-                request.index,
-                (token,),
-                num_cached_tokens=request.num_cached_tokens,
-            )
-            if reason is None and token is not None and index < num_plain
-            else self._full_output(update, flight, packed)
-            for update in updates
-            for request, index, token, reason in (update,)
-        ]
-
-    def _full_output(
-        self, update: SequenceUpdate, flight: InFlight, packed: np.ndarray
-    ) -> TokenOutput:
-        sequence = update.request
-        job: Job = sequence.payload
-        params = job.request.params
-        logprobs = None
-        wants = params.logprobs is not None or params.logprob_token_ids
-        if flight.has_logprobs and wants and update.token_id is not None:
-            entry = self._result_layout.unpack(packed[update.plan_index])
-            ids = tuple(params.logprob_token_ids or ())
-            logprobs = (token_logprobs(entry, update.token_id, params.logprobs, ids),)
-        prompt = None
-        if job.prompt_logprobs is not None and sequence.num_output_tokens <= 1:
-            prompt = tuple(entry for entry in job.prompt_logprobs if entry)
-        failed = update.finish_reason == "error"
-        stop_reason = sequence.stop_reason
-        if stop_reason not in (params.stop_token_ids or ()):
-            stop_reason = None  # the model's own stop token
-        return TokenOutput(
-            request_id=sequence.request_id,
-            index=sequence.index,
-            token_ids=() if update.token_id is None else (update.token_id,),
-            logprobs=logprobs,
-            prompt_logprobs=prompt,
-            finish_reason=update.finish_reason,
-            stop_reason=stop_reason,
-            num_cached_tokens=sequence.num_cached_tokens,
-            error=(job.failure or NOT_FINITE) if failed else None,
-            is_complete=update.finish_reason == "stop" and job.is_complete,
-            scheduled_time=job.scheduled_time,
-        )
-
-    def _forget_finished(self, updates: list[SequenceUpdate]) -> None:
+    def _forget_finished(self, updates: Sequence[SequenceUpdate]) -> None:
         for update in updates:
             if update.finish_reason is not None:
                 self._forget_if_ended(update.request.request_id)

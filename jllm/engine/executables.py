@@ -77,6 +77,7 @@ def fingerprint(devices: Sequence[Any], *facts: object) -> str:
         jax.process_count(),
         [(device.id, device.device_kind) for device in devices],
         _processor() if client.platform == "cpu" else "",
+        _libtpu_flags() if client.platform == "tpu" else "",
         [(name, getattr(jax.config, name)) for name in TRACING_OPTIONS],
         # These hold the flags of XLA.
         xla_client.CompileOptions().SerializeAsString(),
@@ -86,14 +87,30 @@ def fingerprint(devices: Sequence[Any], *facts: object) -> str:
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
 
 
+def _libtpu_flags() -> str:
+    """Flags of the TPU's compiler, which libtpu takes from here and tells nobody."""
+    return os.environ.get("LIBTPU_INIT_ARGS", "")  # noqa: TID251
+
+
 def _processor() -> str:
-    """What the machine code may use: name and features of the processor."""
+    """What machine code depends on: the processor, its features, and the threads.
+
+    XLA cuts the work of an operation into as many parts as there are threads.
+    """
+    threads = f"{_num_threads()} threads"
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
-        return f"{platform.machine()} {platform.processor()}"
+        return f"{platform.machine()} {platform.processor()} {threads}"
     first = cpuinfo.read_text().partition("\n\n")[0].splitlines()
     kept = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(line for line in first if line.startswith(kept))
+    return "\n".join([*(line for line in first if line.startswith(kept)), threads])
+
+
+def _num_threads() -> int:
+    """Processors that the process may use, which is how many threads XLA starts."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _sources() -> str:

@@ -13,7 +13,9 @@ from jllm.types import TokenLogprobs
 def wants_prompt_logprobs(plan: StepPlan, jobs: Sequence[Job]) -> bool:
     """Whether a step computes prompt tokens whose successors are to be scored."""
     return any(
-        job.prompt_logprobs is not None and row.position < len(job.prompt_logprobs)
+        job.prompt_logprobs is not None
+        and row.position < len(job.prompt_logprobs)
+        and row.position + row.num_tokens > job.first_scored
         for row, job in _chunks(plan, jobs)
     )
 
@@ -55,7 +57,8 @@ def collect_prompt_logprobs(
         entries = job.prompt_logprobs
         if entries is not None:
             count = job.request.params.prompt_logprobs
-            for i in range(min(row.num_tokens, len(entries) - row.position)):
+            first = max(job.first_scored - row.position, 0)
+            for i in range(first, min(row.num_tokens, len(entries) - row.position)):
                 target = job.request.prompt_token_ids[row.position + i + 1]
                 result = layout.unpack(packed[start + i])
                 entries[row.position + i] = token_logprobs(result, target, count)

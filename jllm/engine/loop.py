@@ -4,22 +4,46 @@ import atexit
 import contextlib
 import logging
 import queue
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any, Protocol, runtime_checkable
 
 from jllm.engine.garbage import QuietGarbage
 from jllm.errors import EngineStoppedError
-from jllm.types import EngineRequest, TokenOutput
+from jllm.types import EngineRequest, StepOutputs
 
 logger = logging.getLogger("jllm")
 
 SHUT_DOWN = "the engine was shut down"
+SWITCH_INTERVAL = 0.0005
+"""Seconds for which another thread keeps the interpreter when this one could go on; of
+Python's own, 5 ms, the device would wait for a large part."""
 
-Sink = Callable[[TokenOutput | EngineStoppedError], None]
-"""Takes an output of one request, or the error that ended it; called in the engine's
-thread, so that it has to be quick: text is made elsewhere."""
+
+@runtime_checkable
+class Outlet(Protocol):
+    """Where outputs go.
+
+    Called in the engine's thread, so that it has to be quick: text is made elsewhere.
+    """
+
+    def open(self, request_id: str, opened: Any) -> None:
+        """Outputs of that id go to this reader from now on."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """Outputs of that id are not wanted any more."""
+        ...
+
+    def deliver(self, outputs: StepOutputs) -> None:
+        """Takes what a step brought."""
+        ...
+
+    def fail(self, error: EngineStoppedError) -> None:
+        """Takes the news, once, that nothing more will come for anyone."""
+        ...
 
 
 @runtime_checkable
@@ -43,7 +67,7 @@ class Stepper(Protocol):
         """Ends one sequence of a request."""
         ...
 
-    def step(self) -> list[TokenOutput]:
+    def step(self) -> StepOutputs:
         """Computes a step."""
         ...
 
@@ -61,11 +85,11 @@ class EngineLoop:
     `EngineStoppedError`.
     """
 
-    def __init__(self, engine: Stepper) -> None:
+    def __init__(self, engine: Stepper, outlet: Outlet) -> None:
         """Takes over an engine and starts the thread."""
         self._engine = engine
+        self._outlet = outlet
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._sinks: dict[str, Sink] = {}
         self._unfinished: dict[str, set[int]] = {}
         self._garbage = QuietGarbage(freeze=True)
         self._error: EngineStoppedError | None = None
@@ -99,8 +123,12 @@ class EngineLoop:
         """What a step failed with; None while it works and after a clean `close`."""
         return self._error
 
-    def add(self, request: EngineRequest, sink: Sink) -> Future[None]:
+    def add(self, request: EngineRequest, opened: Any) -> Future[None]:
         """Queues a request; the future holds the error if the engine refuses it.
+
+        Args:
+            request: What to generate.
+            opened: Who reads its outputs, as the outlet knows readers.
 
         Raises:
             EngineStoppedError: The loop has ended.
@@ -108,13 +136,13 @@ class EngineLoop:
 
         def add() -> None:
             self._engine.add(request)
-            self._sinks[request.request_id] = sink
+            self._outlet.open(request.request_id, opened)
             self._unfinished[request.request_id] = set(range(request.params.n))
 
         return self.call(add)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Ends a request, or one sequence of it; its sink is called no more.
+        """Ends a request, or one sequence of it.
 
         Unknown ids are ignored, and so is everything once the loop has ended.
         """
@@ -124,7 +152,8 @@ class EngineLoop:
             if unfinished is None:
                 return
             if index is None or unfinished == {index}:
-                self._forget(request_id)
+                del self._unfinished[request_id]
+                self._outlet.forget(request_id)
                 self._engine.abort(request_id)
             elif index in unfinished:
                 unfinished.discard(index)
@@ -161,7 +190,7 @@ class EngineLoop:
     def _run(self) -> None:
         stopped = EngineStoppedError(SHUT_DOWN)
         try:
-            with self._garbage:
+            with self._garbage, _quick_switches():
                 self._work()
         # Whatever a step failed with, those who wait for it have to be told.
         except Exception as error:
@@ -194,27 +223,17 @@ class EngineLoop:
                 return False
             call.run()
 
-    def _deliver(self, outputs: list[TokenOutput]) -> None:
-        for output in outputs:
-            request_id = output.request_id
-            sink = self._sinks.get(request_id)
-            if sink is None:
-                continue
+    def _deliver(self, outputs: StepOutputs) -> None:
+        for output in outputs.others:
             if output.finish_reason is not None:
-                self._note_end(output)
-            if not _hand_over(sink, output):
-                self._forget(request_id)
-                self._engine.abort(request_id)
+                self._note_end(output.request_id, output.index)
+        self._outlet.deliver(outputs)
 
-    def _note_end(self, output: TokenOutput) -> None:
-        unfinished = self._unfinished[output.request_id]
-        unfinished.discard(output.index)
+    def _note_end(self, request_id: str, index: int) -> None:
+        unfinished = self._unfinished[request_id]
+        unfinished.discard(index)
         if not unfinished:
-            self._forget(output.request_id)
-
-    def _forget(self, request_id: str) -> None:
-        self._sinks.pop(request_id, None)
-        self._unfinished.pop(request_id, None)
+            del self._unfinished[request_id]
 
     def _stop(self, error: EngineStoppedError) -> None:
         with self._lock:
@@ -223,11 +242,20 @@ class EngineLoop:
             call = self._calls.get()
             if call is not None:
                 call.fail(error)
-        for sink in list(self._sinks.values()):
-            _hand_over(sink, error)
-        self._sinks.clear()
+        self._outlet.fail(error)
         self._unfinished.clear()
         self._engine.close()
+
+
+@contextlib.contextmanager
+def _quick_switches() -> Generator[None]:
+    """Lets threads take turns quickly; for the whole process, left as it was found."""
+    previous = sys.getswitchinterval()
+    sys.setswitchinterval(min(previous, SWITCH_INTERVAL))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(previous)
 
 
 class _Call:
@@ -251,13 +279,3 @@ class _Call:
         """Refuses the call."""
         if self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
-
-
-def _hand_over(sink: Sink, item: TokenOutput | EngineStoppedError) -> bool:
-    """Calls a sink; one that fails, say with its event loop closed, hurts no other."""
-    try:
-        sink(item)
-    except Exception:
-        logger.exception("a reader of outputs has failed")
-        return False
-    return True

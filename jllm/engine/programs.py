@@ -255,6 +255,7 @@ class Programs:
             *(("prefill", size) for size in sizes.tokens[1:]),
             *(("sampler", size) for size in reversed(sizes.rows[:-1])),
             ("prompt_logprobs", sizes.tokens[-1]),
+            *(("pool", size) for size in sizes.tokens),
         ]
 
     def wait(self) -> None:
@@ -308,6 +309,10 @@ class Programs:
     def prompt_logprobs(self) -> Compiled:
         """The prompt log-probability program; waits for it."""
         return self.get("prompt_logprobs", self._options.sizes.tokens[-1])
+
+    def pool(self, num_tokens: int) -> Compiled:
+        """The program that sums hidden states of a prefill size; waits for it."""
+        return self.get("pool", num_tokens)
 
     def temporary_bytes(self) -> int:
         """Scratch memory and results of the largest program, per device.

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import chain
 
 from jllm.engine.admission import Limits
 from jllm.engine.engine import Engine, ModelInfo
 from jllm.metrics import EngineStats
-from jllm.types import EngineRequest, TokenOutput
+from jllm.models.base import Weights
+from jllm.types import EngineRequest, StepOutputs
 
 
 class Replicas:
@@ -60,12 +62,15 @@ class Replicas:
         if owner is not None:
             owner.abort_sequence(request_id, index)
 
-    def step(self) -> list[TokenOutput]:
+    def step(self) -> StepOutputs:
         """Steps every replica; while one is waited for, the others compute."""
-        outputs: list[TokenOutput] = []
-        for engine in self._engines:
-            outputs += engine.step()
-        for output in outputs:
+        steps = [engine.step() for engine in self._engines]
+        outputs = StepOutputs(
+            keys=list(chain.from_iterable(step.keys for step in steps)),
+            token_ids=list(chain.from_iterable(step.token_ids for step in steps)),
+            others=list(chain.from_iterable(step.others for step in steps)),
+        )
+        for output in outputs.others:
             owner = self._owner.get(output.request_id)
             if owner is not None and not owner.is_open(output.request_id):
                 del self._owner[output.request_id]
@@ -90,6 +95,16 @@ class Replicas:
         """Returns when the programs of all replicas are compiled."""
         for engine in self._engines:
             engine.wait_until_compiled()
+
+    @property
+    def weights(self) -> Weights:
+        """The tree of arrays of the first replica."""
+        return self._engines[0].weights
+
+    def update_weights(self, weights: Weights) -> None:
+        """Gives every replica other weights; see `Engine.update_weights`."""
+        for engine in self._engines:
+            engine.update_weights(weights)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prefixes of all replicas."""

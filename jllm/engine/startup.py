@@ -211,7 +211,12 @@ def programs_that_fit(plan: StartPlan, compiling: Compiling) -> Compiling:
         compiling.programs.close()
         compiling = plan.start(budget.temporaries)
         num_blocks = compiling.options.num_blocks
-        compiling.programs.compile_first()
+        try:
+            compiling.programs.compile_first()
+        except BaseException:
+            # The caller knows only those that were closed above.
+            compiling.programs.close()
+            raise
     block_size = plan.resolved.block_size
     logger.info(
         "KV pool: %.2f GiB, %d blocks of %d tokens, %d tokens in all; "

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -105,7 +105,8 @@ class ModelOptions:
         max_model_len: Longest context; scalings of RoPE that depend on it are fixed.
         attention: Attention implementation; a forced one never falls back.
         target: Device that the kernels are made for, None for the default one.
-        mesh: Devices that share each layer, None for a single one.
+        mesh: Devices that share each layer, None for a single one. One without
+            devices does to declare weights, not to compute.
     """
 
     dtype: str = "float32"
@@ -114,7 +115,7 @@ class ModelOptions:
     max_model_len: int = 2048
     attention: Implementation = "auto"
     target: Target | None = None
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
 
     @property
     def tensor_size(self) -> int:
@@ -139,6 +140,11 @@ class Model(Protocol):
     @property
     def num_layers(self) -> int:
         """Number of leaves of the KV cache."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Length `E` of the hidden states."""
         ...
 
     @property

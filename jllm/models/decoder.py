@@ -66,6 +66,11 @@ class Decoder:
             )
 
     @property
+    def width(self) -> int:
+        """Length `E` of the hidden states."""
+        return self.config.width
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids, without padding."""
         return self.config.vocab_size

@@ -45,6 +45,8 @@ class BlockTables:
         self._pool = BlockPool(num_blocks, self._cache)
         self._num_reserved = 0
         self._held: list[int] = []
+        self.revision = 0
+        """Number of the weights; blocks are shared only under the same one."""
 
     @property
     def pool(self) -> BlockPool:
@@ -71,9 +73,12 @@ class BlockTables:
         At least one token is left to compute, whose logits give the next one. Where
         that token lies inside the last block found, this block is to be copied.
         """
-        if not (self._caching and request.read_prefix_cache):
+        limit = request.max_cached_tokens
+        if not self._caching or limit == 0:
             return Match()
         blocks: list[int] = []
+        if request.prefixes and request.prefixes[0].namespace[-1] != self.revision:
+            request.prefixes = []
         self._extend_prefixes(request, request.num_tokens)
         prefixes = request.prefixes
         for index in range(1, len(prefixes)):
@@ -82,7 +87,10 @@ class BlockTables:
                 break
             block, prefixes[index] = found
             blocks.append(block)
-        return self._leave_last_token(blocks, request.num_tokens)
+        length = request.num_tokens
+        if limit is not None:
+            length = min(length, limit + 1)
+        return self._leave_last_token(blocks, length)
 
     def match_fork(self, request: Request, parent: Request) -> Match:
         """Matches the prompt with its copy in the table of a running sequence."""
@@ -103,11 +111,13 @@ class BlockTables:
         """Whether a sequence can start.
 
         Args:
-            match: What it shares; sharing an evictable block takes it from the others.
+            match: What it shares; sharing an evictable block takes it from the others,
+                and so does holding one for a copy.
             table_length: Blocks that it must be able to hold in all.
             spare: Blocks to be left for the others.
         """
-        taken = self._pool.num_evictable(match.blocks)
+        held = [] if match.source is None else [match.source]
+        taken = self._pool.num_evictable([*match.blocks, *held])
         wanted = table_length - len(match.blocks)
         return wanted + taken + spare <= self.num_available
 
@@ -174,7 +184,8 @@ class BlockTables:
     def _extend_prefixes(self, request: Request, num_tokens: int) -> None:
         size, prefixes = self._block_size, request.prefixes
         if not prefixes:
-            prefixes.append(empty_prefix(request.adapter, request.cache_salt))
+            root = empty_prefix(request.adapter, request.cache_salt, self.revision)
+            prefixes.append(root)
         for start in range((len(prefixes) - 1) * size, num_tokens - size + 1, size):
             tokens = tuple(request.token_ids[start : start + size])
             prefixes.append(longer_prefix(prefixes[-1], tokens))

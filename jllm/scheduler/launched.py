@@ -1,6 +1,9 @@
 """Steps under way, and what their results do to the sequences."""
 
-from collections.abc import Collection, Iterator
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import compress
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +29,35 @@ class SequenceUpdate(NamedTuple):
     finish_reason: FinishReason | None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepUpdates:
+    """What a committed step did to its sequences.
+
+    Most decode and go on; nothing is made for each of these.
+
+    Attributes:
+        places: Place in the plan's rows of each sequence that goes on.
+        requests: These sequences.
+        token_ids: Their new tokens.
+        others: Those that have sampled their first token since they got a row, have
+            lost it, or have ended, in the order of the rows.
+    """
+
+    places: Sequence[int]
+    requests: Sequence[Request]
+    token_ids: Sequence[int]
+    others: Sequence[SequenceUpdate]
+
+    def one_by_one(self) -> list[SequenceUpdate]:
+        """All updates in the order of the rows."""
+        columns = zip(self.places, self.requests, self.token_ids, strict=True)
+        going_on = [
+            SequenceUpdate(request, place, token, None)
+            for place, request, token in columns
+        ]
+        return sorted([*going_on, *self.others], key=attrgetter("plan_index"))
+
+
 class LaunchedStep(NamedTuple):
     """A plan that is not committed, with the sequences of its rows.
 
@@ -43,13 +75,45 @@ class LaunchedStep(NamedTuple):
     requests: list[Request]
     chunk_preemptions: list[int]
 
-    def may_end(self, complete: Collection[int]) -> list[bool]:
-        """Whether each row's token may be its last, or for a chunk is there at all."""
-        ends = self.plan.decoding.are_last.tolist()
-        for index in complete:
-            if index < len(ends):
-                ends[index] = True
-        return ends + [row.samples for row in self.plan.chunks]
+    def updates(
+        self,
+        token_ids: Sequence[int],
+        others: Sequence[SequenceUpdate],
+        looked_at: Iterable[int],
+    ) -> StepUpdates:
+        """Puts together the updates.
+
+        Args:
+            token_ids: The token of each row.
+            others: Updates of the rows that were looked at one by one.
+            looked_at: Places of these rows.
+        """
+        goes_on = [True] * len(self.requests)
+        for index in looked_at:
+            goes_on[index] = False
+        return StepUpdates(
+            places=list(compress(range(len(goes_on)), goes_on)),
+            requests=list(compress(self.requests, goes_on)),
+            token_ids=list(compress(token_ids, goes_on)),
+            others=others,
+        )
+
+    def may_end(self, suspects: Iterable[int]) -> list[bool]:
+        """Whether a row has to be looked at: it is a chunk, or its token may be last.
+
+        Args:
+            suspects: Places of rows that have to be looked at anyway.
+        """
+        decoding = self.plan.decoding.are_last.tolist()
+        checks = decoding + [True] * len(self.plan.chunks)
+        for index in suspects:
+            checks[index] = True
+        return checks
+
+    def samples(self, index: int) -> bool:
+        """Whether the row at this place has sampled a token."""
+        chunk = index - len(self.plan.decoding)
+        return chunk < 0 or self.plan.chunks[chunk].samples
 
     def computed(
         self, block_size: int, failed: Collection[int]

@@ -12,8 +12,8 @@ import hashlib
 
 DIGEST_BYTES = 16
 
-Namespace = tuple[str | None, str | None]
-"""Adapter and salt; only contexts of equal namespace share blocks."""
+Namespace = tuple[str | None, str | None, int]
+"""Adapter, salt and revision of the weights; only equal ones share blocks."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -26,7 +26,7 @@ class Prefix:
         digest: Hash of everything below, through the chain.
         tokens: Tokens of its last block; empty for the empty prefix.
         parent: The prefix one block shorter, None for the empty one.
-        namespace: Adapter and salt.
+        namespace: Adapter, salt and revision of the weights.
     """
 
     digest: bytes
@@ -51,9 +51,9 @@ def digest(parent: bytes, content: bytes) -> bytes:
     return hashlib.blake2b(parent + content, digest_size=DIGEST_BYTES).digest()
 
 
-def empty_prefix(adapter: str | None, salt: str | None) -> Prefix:
-    """Makes the start of all chains of one adapter and salt."""
-    namespace = (adapter, salt)
+def empty_prefix(adapter: str | None, salt: str | None, revision: int = 0) -> Prefix:
+    """Makes the start of all chains of one adapter, salt and revision."""
+    namespace = (adapter, salt, revision)
     return Prefix(digest(b"", repr(namespace).encode()), (), None, namespace)
 
 

@@ -38,9 +38,11 @@ class Request:
         arrival: Counter; among equal priorities the earlier goes first.
         cache_salt: Blocks are shared only among requests of equal salt.
         adapter: Blocks are shared only among requests of equal adapter.
-        read_prefix_cache: False computes the whole prompt, as prompt logprobs need.
+        max_cached_tokens: Most tokens taken from the prefix cache, None for as many as
+            it has; prompt logprobs and pooling need the others computed.
         fork_of: Sequence 0 of the same request.
         payload: Anything the caller wants to find again.
+        key: Request id and index.
         token_ids: Prompt and output as far as the host knows them.
         num_computed_tokens: Tokens whose KV has been computed or is being computed,
             until it samples; from then on see `Scheduler.num_computed_tokens`.
@@ -71,10 +73,11 @@ class Request:
     arrival: int = 0
     cache_salt: str | None = None
     adapter: str | None = None
-    read_prefix_cache: bool = True
+    max_cached_tokens: int | None = None
     fork_of: "Request | None" = dataclasses.field(default=None, repr=False)
     payload: Any = dataclasses.field(default=None, repr=False)
 
+    key: tuple[str, int] = dataclasses.field(init=False, repr=False)
     token_ids: list[int] = dataclasses.field(init=False)
     num_computed_tokens: int = dataclasses.field(init=False, default=0)
     num_pending: int = dataclasses.field(init=False, default=0)
@@ -96,6 +99,7 @@ class Request:
 
     def __post_init__(self) -> None:
         """Starts the list of known tokens with the prompt."""
+        self.key = (self.request_id, self.index)
         self.token_ids = list(self.prompt_token_ids)
 
     @property

@@ -32,7 +32,7 @@ from jllm.scheduler.block_pool import BlockPool
 from jllm.scheduler.block_tables import BlockTables, Match
 from jllm.scheduler.decoding import DecodingSequences
 from jllm.scheduler.draft import Draft
-from jllm.scheduler.launched import LaunchedStep, SequenceUpdate
+from jllm.scheduler.launched import LaunchedStep, SequenceUpdate, StepUpdates
 from jllm.scheduler.plan import StepPlan
 from jllm.scheduler.request import Request, RequestStatus
 from jllm.scheduler.sequences import Sequences
@@ -82,7 +82,7 @@ class Scheduler:
         config, length = self._config, request.num_prompt_tokens
         if not length:
             raise InvalidRequestError("the prompt is empty", parameter="prompt")
-        if length + 1 > config.max_model_len:
+        if length + min(1, request.max_tokens) > config.max_model_len:
             raise ContextTooLongError(
                 f"the prompt has {length} tokens, but the context holds "
                 f"{config.max_model_len}, one of them for the output",
@@ -252,9 +252,14 @@ class Scheduler:
         """Starts the sequence at the head of the queue, if the pool has room for it."""
         tables = self._tables
         immune = request.num_preemptions >= self._config.max_preemptions
-        length = request.max_length if immune else request.num_tokens + 1
+        length = request.max_length
+        if not immune:
+            length = min(length, request.num_tokens + 1)
         table_length = tables.num_blocks_for(length)
         spare = self._config.num_blocks // SPARE_SHARE if self._sequences.running else 0
+        if match.source is not None and not tables.admits(match, table_length, spare):
+            # Computed again rather than copied, which needs a block more for a step.
+            match = match.first(len(match.blocks), self._config.block_size)
         if not tables.admits(match, table_length, spare):
             return False
         self._count_hits(request, match)
@@ -293,7 +298,7 @@ class Scheduler:
         token_ids: Sequence[int],
         failed: Collection[int] = (),
         complete: Collection[int] = (),
-    ) -> list[SequenceUpdate]:
+    ) -> StepUpdates:
         """Takes in what the device computed for the oldest plan not yet committed.
 
         Args:
@@ -305,41 +310,45 @@ class Scheduler:
             complete: Places of the rows whose grammar allows nothing after the token.
 
         Returns:
-            An update for each sequence that got a token or ended. Those that had ended
+            What became of each sequence that got a token or ended. Those that had ended
             before are left out.
         """
         launched = self._launched.popleft()
         assert launched.plan is plan, "plans are committed in the order of their launch"
         for request, length in launched.computed(self._config.block_size, failed):
             self._tables.record(request, length)
-        updates: list[SequenceUpdate] = []
-        num_decoding = len(plan.decoding)
-        is_finished, is_preempted = RequestStatus.FINISHED, RequestStatus.PREEMPTED
+        may_end = launched.may_end([*failed, *complete])
+        is_running = RequestStatus.RUNNING
+        looked_at: list[int] = []
         # Runs for every row of every step: plain code, few calls.
-        for index, (request, token, ends) in enumerate(
-            zip(launched.requests, token_ids, launched.may_end(complete), strict=True)
+        for index, (request, token, may) in enumerate(
+            zip(launched.requests, token_ids, may_end, strict=True)
         ):
-            if request.status is is_finished:
+            goes_on = not may and request.status is is_running
+            if goes_on and token not in request.stop_token_ids:
+                request.token_ids.append(token)
+            else:
+                looked_at.append(index)
+        updates: list[SequenceUpdate] = []
+        for index in looked_at:
+            request, token = launched.requests[index], token_ids[index]
+            if request.is_finished:
                 continue
-            if failed and index in failed:
+            if index in failed:
                 self._finish(request, "error")
                 updates.append(SequenceUpdate(request, index, None, "error"))
-                continue
-            if index >= num_decoding and not ends:
-                continue
-            request.token_ids.append(token)
-            if request.status is is_preempted:
-                request.num_pending -= 1
-            reason = None
-            if ends or token in request.stop_token_ids:
-                reason = self._end(request, token, is_complete=index in complete)
-            updates.append(SequenceUpdate(request, index, token, reason))
-        return updates
+            elif launched.samples(index):
+                reason = self._take_token(request, token, is_complete=index in complete)
+                updates.append(SequenceUpdate(request, index, token, reason))
+        return launched.updates(token_ids, updates, looked_at)
 
-    def _end(
+    def _take_token(
         self, request: Request, token: int, *, is_complete: bool
     ) -> FinishReason | None:
-        """Ends the sequence if its last token is the last; returns the reason."""
+        """Appends a token and ends the sequence if it is the last; returns why."""
+        request.token_ids.append(token)
+        if request.status is RequestStatus.PREEMPTED:
+            request.num_pending -= 1
         num_output = request.num_output_tokens
         reason = None
         if token in request.stop_token_ids and num_output >= request.min_tokens:
@@ -427,6 +436,10 @@ class Scheduler:
             return False
         self._tables.forget_content()
         return True
+
+    def start_revision(self) -> None:
+        """Keeps what is computed from now on apart from what was cached before."""
+        self._tables.revision += 1
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless all parts of the state agree."""

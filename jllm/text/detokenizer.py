@@ -14,9 +14,10 @@ piece starts within a character."""
 class Detokenizer:
     """Gives the text of one sequence piece by piece; never half a character.
 
-    The pieces together are the text of all tokens decoded at once. Each token is
-    decoded together with the few before it, since decoders treat the first token apart
-    and spread characters over tokens; the cost per token does not grow with the text.
+    The pieces together are the text of all tokens decoded at once. Where the tokenizer
+    joins bytes, so does this, without asking it. Elsewhere each token is decoded
+    together with the few before it, since decoders treat the first token apart and
+    spread characters over tokens; the cost per token does not grow with the text.
     Only where bytes that are no UTF-8 follow a character made of byte tokens, a decoder
     would take back that character; here it stays.
     """
@@ -37,12 +38,18 @@ class Detokenizer:
         self._context: list[int] = []
         self._context_text = ""
         self._pending: list[int] = []
-        # Only to know whether the tokens so far end within a character.
+        # Makes the text where bytes are joined; elsewhere it is only there to know
+        # whether the tokens so far end within a character.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._joins_bytes = tokenizer.joins_bytes
         self._set_prompt(prompt_token_ids)
 
     def push(self, token_id: int) -> str:
         """Takes one more token; returns the text that is certain now."""
+        if self._joins_bytes:
+            if token_id in self._skipped:
+                return ""
+            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
         if token_id in self._skipped or self._tokenizer.token(token_id) is None:
             return ""
         added = self._tokenizer.added_token(token_id)
@@ -55,6 +62,10 @@ class Detokenizer:
 
     def flush(self) -> str:
         """Returns what was held back, with U+FFFD for an unfinished character."""
+        if self._joins_bytes:
+            text = self._utf8.decode(b"", final=True)
+            self._utf8.reset()
+            return text
         released, self._pending = self._pending, []
         self._utf8.reset()
         return self._set_context(released, self._new_text(released))
@@ -119,6 +130,8 @@ class StopStrings:
         Returns:
             The text that is certain now, and the stop string once it is complete.
         """
+        if not self._matchers:
+            return text, None
         buffer = self._held + text
         for end, character in enumerate(text, start=len(self._held) + 1):
             complete = [m.stop for m in self._matchers if m.advance(character)]
@@ -126,7 +139,7 @@ class StopStrings:
                 stop = complete[0]
                 self._held = ""
                 return buffer[: end if self._include else end - len(stop)], stop
-        open_length = max((m.length for m in self._matchers), default=0)
+        open_length = max(m.length for m in self._matchers)
         certain = len(buffer) - open_length
         self._held = buffer[certain:]
         return buffer[:certain], None

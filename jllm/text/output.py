@@ -3,15 +3,12 @@
 import time
 from collections.abc import Sequence
 
+from jllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jllm.text.detokenizer import Detokenizer, StopStrings
 from jllm.text.prompts import PreparedRequest
 from jllm.text.tokenizer import Tokenizer
 from jllm.types import (
-    CompletionOutput,
     FinishReason,
-    Logprob,
-    RequestMetrics,
-    RequestOutput,
     RequestOutputKind,
     SamplingParams,
     TokenLogprobs,
@@ -36,6 +33,8 @@ class RequestStream:
         request = prepared.request
         self._request = request
         self._prompt = prepared.prompt
+        # One list for all outputs: their cost must not grow with the prompt.
+        self._prompt_token_ids = list(request.prompt_token_ids)
         self._tokenizer = tokenizer
         self._kind = request.params.output_kind if kind is None else kind
         self._sequences = [
@@ -68,6 +67,23 @@ class RequestStream:
     def error(self) -> str | None:
         """What went wrong, with finish reason "error"."""
         return self._error
+
+    @property
+    def has_output(self) -> bool:
+        """Whether `take` would give anything."""
+        waits = self._kind is RequestOutputKind.FINAL_ONLY and not self._finished
+        return self._has_news and not waits
+
+    def push_token(self, index: int, token_id: int) -> bool:
+        """Takes a token of a sequence that brought nothing else; returns as `push`."""
+        sequence = self._sequences[index]
+        if sequence.finish_reason:
+            return False
+        self._has_news = True
+        if not sequence.push_token(token_id):
+            return False
+        self._note_end()
+        return True
 
     def push(self, output: TokenOutput) -> bool:
         """Takes new tokens.
@@ -102,8 +118,7 @@ class RequestStream:
 
     def take(self) -> RequestOutput | None:
         """Gives what is new, or None while there is nothing to give."""
-        waits = self._kind is RequestOutputKind.FINAL_ONLY and not self._finished
-        if waits or not self._has_news:
+        if not self.has_output:
             return None
         self._has_news = False
         if self._kind is RequestOutputKind.DELTA:
@@ -113,7 +128,7 @@ class RequestStream:
         output = RequestOutput(
             request_id=self._request.request_id,
             prompt=self._prompt,
-            prompt_token_ids=list(self._request.prompt_token_ids),
+            prompt_token_ids=self._prompt_token_ids,
             prompt_logprobs=self._prompt_logprobs,
             outputs=outputs,
             finished=self._finished,
@@ -182,20 +197,29 @@ class _Sequence:
         """Takes new tokens, up to the one that completes a stop string."""
         last = len(output.token_ids) - 1
         for i, token_id in enumerate(output.token_ids):
-            self.token_ids.append(token_id)
             if output.logprobs is not None:
                 self._push_logprobs(output.logprobs[i])
             ends = i == last and output.finish_reason == "stop"
             is_stop_token = ends and not output.is_complete
             if is_stop_token and not self._params.include_stop_str_in_output:
-                continue
-            stop = self._push_text(token_id)
-            if stop is not None:
-                self.finish_reason, self.stop_reason = "stop", stop
+                self.token_ids.append(token_id)
+            elif self.push_token(token_id):
                 return
         if output.finish_reason is not None:
             self.stop_reason = output.stop_reason
             self.finish(output.finish_reason)
+
+    def push_token(self, token_id: int) -> bool:
+        """Takes a token; returns whether it completes a stop string, which ends it."""
+        self.token_ids.append(token_id)
+        if self._detokenizer is None:
+            return False
+        text, stop = self._find_stop(self._detokenizer.push(token_id))
+        self._text += text
+        if stop is None:
+            return False
+        self.finish_reason, self.stop_reason = "stop", stop
+        return True
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the sequence and its text; what was held back may hold a stop string."""
@@ -220,13 +244,6 @@ class _Sequence:
         self._length_given = len(self._text)
         self._end_given = self.finish_reason is not None
         return completion
-
-    def _push_text(self, token_id: int) -> str | None:
-        if self._detokenizer is None:
-            return None
-        text, stop = self._find_stop(self._detokenizer.push(token_id))
-        self._text += text
-        return stop
 
     def _find_stop(self, text: str) -> tuple[str, str | None]:
         """Within the first `min_tokens` tokens a stop string does not count."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from jllm.config import EngineConfig
 from jllm.errors import InvalidRequestError
+from jllm.pooling import PoolingParams
 from jllm.sampling.grammar import Grammar
 from jllm.sampling.thinking import Thinking
 from jllm.structured_outputs import StructuredOutputsParams
@@ -62,6 +63,29 @@ def split_prompts(prompts: Any) -> list[Any]:
             return [prompts]
         return list(prompts)
     return [prompts]
+
+
+def one_each(name: str, value: Any, default: Any, count: int) -> list[Any]:
+    """Spreads one value over all prompts, or takes a list with one for each.
+
+    Raises:
+        InvalidRequestError: The list has another length, or a value another type.
+    """
+    if value is None:
+        return [default] * count
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        raise InvalidRequestError(
+            f"{name} has {len(values)} entries, but there are {count} prompts",
+            parameter=name,
+        )
+    for item in values:
+        if not isinstance(item, type(default)) or isinstance(item, bool):
+            kind = type(default).__name__
+            raise InvalidRequestError(
+                f"{name} must hold {kind}, not {item!r}", parameter=name
+            )
+    return values
 
 
 def parse_prompt(value: Any) -> Prompt:
@@ -141,9 +165,7 @@ class PromptProcessor:
                 grammar cannot be compiled.
         """
         parsed = parse_prompt(prompt)
-        token_ids = parsed.token_ids
-        if token_ids is None:
-            token_ids = tuple(self._need_tokenizer("prompt").encode(parsed.text or ""))
+        token_ids = self._tokens(parsed)
         if params.stop:
             self._need_tokenizer("stop")
         constraint = params.structured_outputs
@@ -151,7 +173,9 @@ class PromptProcessor:
             grammar = self._need_compiler().compile(constraint)
         request = EngineRequest(
             request_id=request_id,
-            prompt_token_ids=self._truncate(token_ids, params),
+            prompt_token_ids=self._truncate(
+                token_ids, params.truncate_prompt_tokens, params.max_tokens or 1
+            ),
             params=params,
             eos_token_ids=self._eos,
             bad_words_token_ids=self._bad_words(params.bad_words or ()),
@@ -161,6 +185,68 @@ class PromptProcessor:
             thinking=self._thinking(token_ids, params),
         )
         return PreparedRequest(request, parsed.text)
+
+    def prepare_pooled(
+        self, request_id: str, prompt: Any, params: PoolingParams, priority: int = 0
+    ) -> PreparedRequest:
+        """Makes a request for an embedding; arguments and errors as in `prepare`."""
+        parsed = parse_prompt(prompt)
+        tokens = self._truncate(self._tokens(parsed), params.truncate_prompt_tokens, 0)
+        request = EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=tokens,
+            params=SamplingParams(temperature=0),
+            priority=_priority(priority),
+            cache_salt=parsed.cache_salt,
+            pooling=params,
+        )
+        return PreparedRequest(request, parsed.text)
+
+    def prepare_scored(
+        self, request_id: str, prompt: Any, continuation: Any
+    ) -> PreparedRequest:
+        """Makes a request for the log-probabilities of what follows a prompt.
+
+        Two texts are joined before they are encoded; a token that spans the border
+        counts as the continuation's.
+
+        Raises:
+            InvalidRequestError: One of the two is malformed or has no tokens.
+        """
+        before, after = parse_prompt(prompt), parse_prompt(continuation)
+        start, tokens = self._join(before, after)
+        if not 0 < start < len(tokens):
+            name = "prompt" if start < len(tokens) else "continuation"
+            raise InvalidRequestError(f"the {name} has no tokens", parameter=f"{name}s")
+        request = EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=tokens,
+            params=SamplingParams(
+                temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False
+            ),
+            cache_salt=before.cache_salt,
+            prompt_logprobs_start=start,
+        )
+        return PreparedRequest(request, None)
+
+    def _join(self, before: Prompt, after: Prompt) -> tuple[int, tuple[int, ...]]:
+        """Where the continuation begins, and the tokens of both."""
+        tokens = self._tokens(before)
+        if before.token_ids is None and after.token_ids is None:
+            joined = self._tokens(Prompt(text=f"{before.text or ''}{after.text or ''}"))
+            pairs = enumerate(zip(tokens, joined, strict=False))
+            differs = (i for i, (own, other) in pairs if own != other)
+            return next(differs, min(len(tokens), len(joined))), joined
+        rest = after.token_ids
+        if rest is None:
+            encode = self._need_tokenizer("continuations").encode
+            rest = tuple(encode(after.text or "", add_special_tokens=False))
+        return len(tokens), tokens + rest
+
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        if prompt.token_ids is not None:
+            return prompt.token_ids
+        return tuple(self._need_tokenizer("prompt").encode(prompt.text or ""))
 
     def chat_prompt(self, messages: Any, options: ChatOptions) -> Prompt:
         """Renders and encodes a conversation.
@@ -225,13 +311,13 @@ class PromptProcessor:
         return self._tokenizer
 
     def _truncate(
-        self, token_ids: tuple[int, ...], params: SamplingParams
+        self, token_ids: tuple[int, ...], kept: int | None, num_reserved: int
     ) -> tuple[int, ...]:
-        kept = params.truncate_prompt_tokens
+        """Keeps the last tokens of a prompt; -1 leaves room for those reserved."""
         if kept is None:
             return token_ids
         if kept == -1:
-            kept = max(1, self._max_model_len - (params.max_tokens or 1))
+            kept = max(1, self._max_model_len - num_reserved)
         return token_ids[-kept:]
 
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -2,7 +2,7 @@
 
 llguidance bounds the work itself (fuel, grammar size, lexer states), so that a compile
 ends within seconds whatever it is given. The time limit here frees those who wait, and
-two threads bound the processors taken.
+takes what has not begun out of the queue; two threads bound the processors taken.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 from jllm.errors import InvalidRequestError
@@ -124,7 +124,8 @@ class GrammarCompiler:
         vocabulary.result()
         try:
             return future.result(self._seconds)
-        except TimeoutError as error:
+        except (TimeoutError, CancelledError) as error:
+            self._drop(constraint, future)
             raise self._too_slow(constraint) from error
 
     async def compile_async(self, constraint: StructuredOutputsParams) -> Grammar:
@@ -135,9 +136,23 @@ class GrammarCompiler:
         waiting = asyncio.wrap_future(future)
         waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
         done, _ = await asyncio.wait({waiting}, timeout=self._seconds)
-        if not done:
+        if not done or waiting.cancelled():
+            self._drop(constraint, future)
             raise self._too_slow(constraint)
         return waiting.result()
+
+    def _drop(
+        self, constraint: StructuredOutputsParams, future: Future[Grammar]
+    ) -> None:
+        """Takes a compile that has not begun out of the queue; others gave it up too.
+
+        Whoever else waits for it is told the same.
+        """
+        if not future.cancel():
+            return
+        with self._lock:
+            if self._compiling.get(constraint) is future:
+                del self._compiling[constraint]
 
     def _submit(
         self, constraint: StructuredOutputsParams

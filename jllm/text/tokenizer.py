@@ -38,6 +38,7 @@ class Tokenizer:
         )
         self._decoders = _decoder_types(backend.decoder)
         self._texts: dict[int, str] = {}
+        self._bytes: dict[int, bytes] = {}
         # While one thread encodes, another must not change the backend's settings.
         self._lock = threading.Lock()
         self._anchor = self._find_anchor()
@@ -121,8 +122,19 @@ class Tokenizer:
             self._texts[token_id] = text
         return text
 
+    @property
+    def joins_bytes(self) -> bool:
+        """Whether a text is nothing but the bytes of its tokens, one after another."""
+        return self._decoders == frozenset({"ByteLevel"})
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that the token adds to a text, parts of characters included."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._token_bytes(token_id)
+        return found
+
+    def _token_bytes(self, token_id: int) -> bytes:
         token = self.token(token_id)
         if token is None:
             return b""
@@ -143,6 +155,10 @@ class Tokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Loads the tokenizer of a folder; runs no code from it and fetches nothing.
 
+    Args:
+        path: The folder; or a GGUF file, whose vocabulary is taken unless a
+            tokenizer.json lies beside it.
+
     Raises:
         CheckpointError: A file is missing or broken; names it.
     """
@@ -150,13 +166,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
     logging.getLogger("transformers").addFilter(_is_not_about_torch)
     import transformers
 
+    kind: Any = transformers.AutoTokenizer
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if path.is_file():
+        path, file = path.parent, path.name
+        if not (path / "tokenizer.json").exists():
+            # AutoTokenizer would want PyTorch for it.
+            kind, options = transformers.PreTrainedTokenizerFast, {"gguf_file": file}
     try:
-        hf = transformers.AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
+        hf = kind.from_pretrained(str(path), local_files_only=True, **options)
     # Every release of the library has its own errors for a broken file.
     except Exception as error:
-        raise CheckpointError(_what_is_wrong(path, error)) from error
+        raise CheckpointError(
+            _what_is_wrong(path, options.get("gguf_file"), error)
+        ) from error
     return Tokenizer(hf)
 
 
@@ -164,7 +187,10 @@ def _is_not_about_torch(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("PyTorch was not found")
 
 
-def _what_is_wrong(path: Path, error: Exception) -> str:
+def _what_is_wrong(path: Path, gguf_file: object, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if gguf_file:
+        return f"{path}/{gguf_file}: has no vocabulary that can be read: {reason}"
     for name in JSON_FILES:
         file = path / name
         try:
@@ -174,7 +200,6 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
             return f"{file}: cannot be read as JSON: {reason}"
     if not (path / "tokenizer.json").exists():
         return f"{path / 'tokenizer.json'}: no such file, and no other tokenizer"
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return f"{path / 'tokenizer.json'}: cannot be read as a tokenizer: {reason}"
 
 

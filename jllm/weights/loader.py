@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from jllm.errors import CheckpointError
 from jllm.models.base import ParamSpec, Part, parameter_bytes
+from jllm.weights.formats import checkpoint_tensors
 from jllm.weights.host_memory import HostMemory
 from jllm.weights.hub import CheckpointFiles
-from jllm.weights.tensors import StoredTensor, find_tensors
+from jllm.weights.lazy import CheckpointTensor
 
 NEVER_USED = ("rotary_emb.inv_freq",)
 """Tensors that old checkpoints hold, but that follow from config.json."""
@@ -40,7 +41,7 @@ class Section:
         repeat: How often each of its slices along the first axis is written.
     """
 
-    tensor: StoredTensor
+    tensor: CheckpointTensor
     shape: tuple[int, ...]
     start: int
     repeat: int
@@ -77,7 +78,7 @@ def load_weights(
             match its parameter; found before anything is read, except for values that
             `dtype` cannot hold.
     """
-    tensors = find_tensors(files.path)
+    tensors = checkpoint_tensors(files)
     layout = _lay_out_tree(specs, tensors)
     _refuse_leftovers(layout, tensors, (*NEVER_USED, *ignore))
     total = parameter_bytes(specs, dtype)
@@ -100,6 +101,16 @@ def load_weights(
         return jax.tree.map(load, specs, layout, shardings)
 
 
+def used_tensors(
+    files: CheckpointFiles, specs: Mapping[str, Any], *, ignore: tuple[str, ...] = ()
+) -> dict[str, CheckpointTensor]:
+    """The tensors that parameters are made of, checked as `load_weights` does it."""
+    tensors = checkpoint_tensors(files)
+    layout = _lay_out_tree(specs, tensors)
+    _refuse_leftovers(layout, tensors, (*NEVER_USED, *ignore))
+    return {section.tensor.name: section.tensor for section in jax.tree.leaves(layout)}
+
+
 def memory_for(shardings: Mapping[str, Any], capacity: int) -> HostMemory:
     """Where slices are put together: for a CPU, memory that it then computes with."""
     (device, *_) = jax.tree.leaves(shardings)[0].device_set
@@ -107,7 +118,7 @@ def memory_for(shardings: Mapping[str, Any], capacity: int) -> HostMemory:
 
 
 def lay_out(
-    name: str, spec: ParamSpec, tensors: Mapping[str, StoredTensor]
+    name: str, spec: ParamSpec, tensors: Mapping[str, CheckpointTensor]
 ) -> tuple[Section, ...]:
     """Finds the tensors of a parameter and checks that they fill it.
 
@@ -213,7 +224,9 @@ def _load_parameter(
     return jax.block_until_ready(array)
 
 
-def _lay_out_tree(specs: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Any:
+def _lay_out_tree(
+    specs: Mapping[str, Any], tensors: Mapping[str, CheckpointTensor]
+) -> Any:
     def one(path: Any, spec: ParamSpec) -> tuple[Section, ...]:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         return lay_out(name, spec, tensors)
@@ -258,7 +271,10 @@ def _merges_into(shape: list[int], stored: tuple[int, ...]) -> bool:
 
 
 def _misshapen(
-    name: str, spec: ParamSpec, parts: Sequence[Part], tensors: Sequence[StoredTensor]
+    name: str,
+    spec: ParamSpec,
+    parts: Sequence[Part],
+    tensors: Sequence[CheckpointTensor],
 ) -> CheckpointError:
     """The error for tensors that do not fill a parameter, alone or together."""
     found = ", ".join(
@@ -277,7 +293,7 @@ def _misshapen(
 
 
 def _refuse_leftovers(
-    layout: Any, tensors: Mapping[str, StoredTensor], ignore: tuple[str, ...]
+    layout: Any, tensors: Mapping[str, CheckpointTensor], ignore: tuple[str, ...]
 ) -> None:
     used = {section.tensor.name for section in jax.tree.leaves(layout)}
     for name, tensor in tensors.items():

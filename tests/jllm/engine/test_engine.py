@@ -24,6 +24,30 @@ def test_a_request_whose_sequences_were_all_aborted_is_forgotten():
     assert not engine.has_unfinished
 
 
+def test_rows_that_decode_and_go_on_are_columns():
+    engine = shared_engine()
+    for i in range(3):
+        engine.add(request(i, [3, 4, 5 + i], max_tokens=5, ignore_eos=True))
+    steps = []
+    while engine.has_unfinished:
+        steps.append(engine.step())
+    told = [([key for key, _ in step.keys], len(step.others)) for step in steps]
+    names = ["0", "1", "2"]
+    assert told == [([], 0), ([], 3), *[(names, 0)] * 3, ([], 3)]
+    assert all(len(step.token_ids) == len(step.keys) for step in steps)
+
+
+def test_log_probabilities_are_told_row_by_row():
+    engine = shared_engine()
+    engine.add(request("r", [3, 4, 5], max_tokens=4, logprobs=1, temperature=0))
+    steps = []
+    while engine.has_unfinished:
+        steps.append(engine.step())
+    assert not any(step.keys for step in steps)
+    outputs = [output for step in steps for output in step]
+    assert [len(output.logprobs) for output in outputs] == [1] * 4
+
+
 def test_a_closed_engine_has_nothing_to_do_and_no_state():
     engine = make_engine()
     engine.add(request("r", [3, 4, 5], max_tokens=100, ignore_eos=True))

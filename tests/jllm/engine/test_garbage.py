@@ -9,6 +9,7 @@ from jllm.engine import garbage
 from jllm.engine.garbage import QuietGarbage
 from jllm.engine.loop import EngineLoop
 from jllm.llm import LLM
+from jllm.text.delivery import OutputThread
 from jllm.types import SamplingParams
 from tests.fakes import FakeEngine
 
@@ -80,7 +81,7 @@ def test_two_at_once_leave_it_on():
 
 
 def test_the_loop_works_with_the_collector_off():
-    loop = EngineLoop(FakeEngine())
+    loop = EngineLoop(FakeEngine(), OutputThread())
     assert loop.call(gc.isenabled).result(20) is False
     assert loop.call(gc.get_freeze_count).result(20) > 0
     loop.close()

@@ -18,8 +18,10 @@ def test_the_program_has_a_branch_per_size():
     layout, program = engine.programs.largest_prefill()
     assert layout.scored_rows == engine._parts.options.sizes.rows
     assert layout.scored_rows[0] == 1 < layout.num_rows
-    text = program.as_text()
-    assert len([line for line in text.splitlines() if " conditional(" in line]) == 1
+    width = engine._parts.model.padded_vocab_size
+    scores = f"f32[{layout.num_rows},{width}]"
+    lines = [line for line in program.as_text().splitlines() if scores in line]
+    assert len([line for line in lines if " conditional(" in line]) == 1
 
 
 @pytest.mark.parametrize("num_sampling", [0, 1, 2, 8])
@@ -88,3 +90,21 @@ def test_mixed_steps_give_the_tokens_of_plain_ones():
     for item in items:
         alone = run(engine, [item])
         assert alone == {(item.request_id, 0): together[item.request_id, 0]}
+
+
+def test_without_branches_a_row_is_scored_once_however_long_its_chunk():
+    """As on a GPU or TPU: one place per row of the table, never one per token."""
+    parts = shared_engine()._parts
+    options = dataclasses.replace(parts.options, branches=False)
+    layout = options.layout("prefill", options.sizes.tokens[-1])
+    assert layout.num_tokens > layout.num_rows
+    step = partial(prefill_step, parts.model, layout, options.draw_method)
+    vector = np.zeros(layout.size, np.int32)
+    jaxpr = jax.make_jaxpr(step)(parts.weights, shared_engine().state, vector)
+    width = parts.model.padded_vocab_size
+    products = [
+        eqn.outvars[0].aval.shape
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "dot_general" and width in eqn.outvars[0].aval.shape
+    ]
+    assert products == [(layout.num_rows, width)]

@@ -250,7 +250,7 @@ class Simulation:
         priority = rng.choice([0, 0, 0, -1, 5])
         salt = rng.choice([None, None, "a"])
         adapter = rng.choice([None, None, None, "b"])
-        reads = rng.random() < 0.9
+        most = None if rng.random() < 0.8 else rng.randrange(len(prompt))
         parent = None
         first_id = len(self.requests)
         for index in range(rng.choice([1, 1, 1, 2, 4])):
@@ -266,7 +266,7 @@ class Simulation:
                 arrival=first_id,
                 cache_salt=salt,
                 adapter=adapter,
-                read_prefix_cache=reads,
+                max_cached_tokens=most,
                 fork_of=parent,
             )
             seed = hash((self.seed, first_id, index))
@@ -305,7 +305,7 @@ class Simulation:
         check_states(self)
 
     def _commit(self, plan, results):
-        for update in self.scheduler.commit(plan, *results):
+        for update in self.scheduler.commit(plan, *results).one_by_one():
             request = update.request
             assert plan.rows[update.plan_index].sequence_id == request.sequence_id
             if update.token_id is not None:

@@ -44,7 +44,8 @@ def forks(prompt, count, max_tokens=4, **fields):
 
 def commit(scheduler, plan, token=50, finite=True):
     places = range(plan.num_rows)
-    return scheduler.commit(plan, [token for _ in places], () if finite else places)
+    failed = () if finite else places
+    return scheduler.commit(plan, [token for _ in places], failed).one_by_one()
 
 
 def step(scheduler, token=50, finite=True):
@@ -202,7 +203,7 @@ def test_a_row_that_is_not_finite_fails_alone_and_is_not_cached():
     scheduler.add(bad)
     scheduler.add(good)
     plan = scheduler.schedule()
-    updates = scheduler.commit(plan, [1, 2], [0])
+    updates = scheduler.commit(plan, [1, 2], [0]).one_by_one()
     assert [update.finish_reason for update in updates] == ["error", None]
     assert [update.token_id for update in updates] == [None, 2]
     assert bad.output_token_ids == []
@@ -416,7 +417,7 @@ def test_copies_of_a_step_are_limited():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"cache_salt": "s"}, {"adapter": "a"}, {"read_prefix_cache": False}]
+    "fields", [{"cache_salt": "s"}, {"adapter": "a"}, {"max_cached_tokens": 0}]
 )
 def test_salt_adapter_and_choice_keep_requests_apart(fields):
     scheduler = make()

@@ -1,5 +1,7 @@
 """Templates are rendered in a sandbox, and conversations are checked."""
 
+import re
+
 import pytest
 
 from jllm.errors import ConfigError, InvalidRequestError
@@ -168,3 +170,47 @@ def test_published_templates_render(shared_data):
             continue
         rendered += "Hi" in text
     assert rendered >= len(files) - 2
+
+
+def ask(question, *before):
+    return [*before, {"role": "user", "content": question}]
+
+
+CAPITAL = "What is the capital of the largest country in the world?"
+ROBOT = {"role": "developer", "content": "Answer the user's questions like a robot."}
+TURNS = [
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "2 + 2 equals 4."},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "effort"),
+    [
+        ("simple_convo", ask("What is 2 + 2?"), "medium"),
+        ("simple_convo_low_effort_no_instruction", ask(CAPITAL), "low"),
+        ("simple_convo_medium_effort_no_instruction", ask(CAPITAL), "medium"),
+        ("simple_convo_high_effort_no_instruction", ask(CAPITAL), "high"),
+        ("simple_convo_low_effort", ask(CAPITAL, ROBOT), "low"),
+        ("simple_convo_medium_effort", ask(CAPITAL, ROBOT), "medium"),
+        ("simple_convo_high_effort", ask(CAPITAL, ROBOT), "high"),
+        ("dropping_cot_by_default", ask("What about 9 / 2?", *TURNS), "medium"),
+    ],
+)
+def test_published_harmony_prompts(shared_data, name, messages, effort):
+    """Those whose conversation the template of gpt-oss can be given."""
+    data = shared_data / "data"
+    file = data / "chat_templates" / "openai-gpt-oss-120b.jinja"
+    expected = (data / "harmony_vectors" / f"test_{name}.txt").read_text("utf-8")
+    found = render(
+        messages,
+        load_chat_template(str(file)),
+        template_kwargs={"reasoning_effort": effort},
+    )
+    # The template always tells the date; the vectors have none.
+    found = re.sub(r"Current date: \d{4}-\d\d-\d\d\n", "", found)
+    if not expected.startswith("<|start|>system"):
+        found = found[found.index("<|end|>") + len("<|end|>") :]
+    # Behind instructions it leaves lines free, which the vectors do not.
+    found = found.replace("\n\n<|end|>", "<|end|>")
+    assert found == expected.removesuffix("\n")

@@ -314,6 +314,26 @@ def test_a_slow_compile_is_refused_in_time(tokenizer, monkeypatch):
     go_on.set()
 
 
+def test_compiles_that_have_not_begun_are_given_up(tokenizer, monkeypatch):
+    go_on, begun = threading.Event(), []
+
+    def slow(constraint, vocabulary):
+        begun.append(constraint.regex)
+        assert go_on.wait(60)
+        return compile_grammar(constraint, vocabulary)
+
+    monkeypatch.setattr(structured, "compile_grammar", slow)
+    compiler = GrammarCompiler(tokenizer, seconds=0.05)
+    names = ["a", "b", *map(str, range(100))]
+    for regex in names:
+        with pytest.raises(InvalidRequestError, match="was not compiled within"):
+            compiler.compile(StructuredOutputsParams(regex=regex))
+    assert len(compiler._compiling) == structured.COMPILE_THREADS
+    go_on.set()
+    compiler._pool.shutdown(wait=True)
+    assert begun == names[: structured.COMPILE_THREADS]
+
+
 def test_the_event_loop_goes_on_and_errors_arrive(tokenizer, monkeypatch):
     go_on = threading.Event()
 

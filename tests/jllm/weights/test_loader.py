@@ -13,7 +13,7 @@ from jllm.weights import loader
 from jllm.weights.host_memory import HostMemory
 from jllm.weights.hub import CheckpointFiles, resolve_model
 from jllm.weights.loader import load_weights
-from jllm.weights.tensors import StoredTensor
+from jllm.weights.tensors import StoredTensor, find_tensors
 from shardings.mesh import make_mesh, replica_meshes
 from shardings.place import tree_shardings
 
@@ -175,7 +175,7 @@ def test_only_the_slice_of_a_tensor_is_touched(tmp_path, monkeypatch):
     monkeypatch.setattr(StoredTensor, "map", lambda self: original(self).view(Watched))
     files = save(tmp_path, make_arrays())
     spec = make_specs()["layers"][0]["out"]
-    sections = loader.lay_out("out", spec, loader.find_tensors(files.path))
+    sections = loader.lay_out("out", spec, find_tensors(files.path))
     bounds, dtype = ((0, E), (6, 12)), np.dtype("float32")
     piece = loader.read_slice(spec, sections, bounds, dtype, HostMemory(0))
     assert np.array_equal(piece, make_arrays()["out"][:, 6:12])

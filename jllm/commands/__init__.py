@@ -1,0 +1,1 @@
+"""Commands of `jllm` that load no engine: a module each."""
