@@ -3,20 +3,21 @@
 Source: Qwen3 Technical Report, arXiv:2505.09388.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jllm.layers.rope import RopeConfig
 from jllm.models.base import ModelOptions
 from jllm.models.decoder import Decoder
-from jllm.models.decoder_config import DecoderConfig
+from jllm.models.decoder_config import AttentionConfig, DecoderConfig, HeadNormConfig
 from jllm.models.hf_config import (
+    FULL,
+    SLIDING,
     read_flag,
-    read_heads,
     read_integer,
-    read_number,
-    require_value,
+    read_layer_types,
 )
+from jllm.models.hf_decoder import read_decoder, read_window, with_windows
 
 
 def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:
@@ -24,25 +25,30 @@ def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:
 
     Raises:
         UnsupportedModelError: A value is missing or not supported.
+        ConfigError: The options do not fit the model's shape.
     """
-    require_value(config, "hidden_act", ("silu", "swish"))
-    require_value(config, "use_sliding_window", (False,))
-    num_heads, num_kv_heads, head_dim = read_heads({"head_dim": 128, **config})
+    config = {"head_dim": 128, **config}
+    shape = with_upper_windows(read_decoder(config), config)
     bias = read_flag(config, "attention_bias", False)
-    shape = DecoderConfig(
-        vocab_size=read_integer(config, "vocab_size"),
-        width=read_integer(config, "hidden_size"),
-        num_layers=read_integer(config, "num_hidden_layers", high=1024),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        mlp_width=read_integer(config, "intermediate_size"),
-        norm_epsilon=read_number(config, "rms_norm_eps", 1e-6),
-        rope=RopeConfig.from_hf(config),
-        max_position_embeddings=read_integer(config, "max_position_embeddings", 32768),
-        tie_embeddings=read_flag(config, "tie_word_embeddings", False),
-        qkv_bias=bias,
-        out_bias=bias,
-        qk_norm=True,
+    attention = AttentionConfig(
+        qkv_bias=bias, out_bias=bias, head_norms=HeadNormConfig(kind=shape.norm)
     )
-    return Decoder(shape, options)
+    return Decoder(dataclasses.replace(shape, attention=attention), options)
+
+
+def with_upper_windows(
+    shape: DecoderConfig, config: Mapping[str, Any]
+) -> DecoderConfig:
+    """The same decoder with a window in the layers above the first few.
+
+    Raises:
+        UnsupportedModelError: A value is of another type or out of range.
+    """
+    if not read_flag(config, "use_sliding_window", False):
+        return shape
+    first = 0
+    if config.get("max_window_layers", 28) != 0:
+        first = read_integer(config, "max_window_layers", 28)
+    default = [SLIDING if i >= first else FULL for i in range(shape.num_layers)]
+    types = read_layer_types(config, default)
+    return with_windows(shape, read_window(config, 4096), types)

@@ -8,8 +8,27 @@ from jllm.errors import UnsupportedModelError
 from jllm.models.base import Model, ModelOptions
 
 ARCHITECTURES: Mapping[str, str] = {
+    "CohereForCausalLM": "jllm.models.cohere",
+    "Cohere2ForCausalLM": "jllm.models.cohere2",
+    "FalconForCausalLM": "jllm.models.falcon",
+    "GPT2LMHeadModel": "jllm.models.gpt2",
+    "GPTNeoXForCausalLM": "jllm.models.gpt_neox",
+    "Gemma2ForCausalLM": "jllm.models.gemma2",
+    "Gemma3ForCausalLM": "jllm.models.gemma3",
+    "GraniteForCausalLM": "jllm.models.granite",
+    "InternLM2ForCausalLM": "jllm.models.internlm2",
+    "InternLM3ForCausalLM": "jllm.models.internlm3",
     "LlamaForCausalLM": "jllm.models.llama",
+    "MistralForCausalLM": "jllm.models.mistral",
+    "Olmo2ForCausalLM": "jllm.models.olmo2",
+    "Olmo3ForCausalLM": "jllm.models.olmo3",
+    "Phi3ForCausalLM": "jllm.models.phi3",
+    "PhiForCausalLM": "jllm.models.phi",
+    "Qwen2ForCausalLM": "jllm.models.qwen2",
     "Qwen3ForCausalLM": "jllm.models.qwen3",
+    "SmolLM3ForCausalLM": "jllm.models.smollm3",
+    "StableLmForCausalLM": "jllm.models.stablelm",
+    "Starcoder2ForCausalLM": "jllm.models.starcoder2",
 }
 """Name in config.json to the module with the function `make(config, options)`."""
 

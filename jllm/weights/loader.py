@@ -22,8 +22,18 @@ from jllm.weights.host_memory import HostMemory
 from jllm.weights.hub import CheckpointFiles
 from jllm.weights.tensors import StoredTensor, find_tensors
 
-NEVER_USED = ("rotary_emb.inv_freq",)
-"""Tensors that old checkpoints hold, but that follow from config.json."""
+NEVER_USED = (
+    "rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
+"""Tensors that old checkpoints hold, but that follow from config.json: frequencies and
+the causal mask."""
+
+BASE_PREFIXES = ("model.", "transformer.", "gpt_neox.")
+"""What names begin with, except in a checkpoint saved without the output head."""
 
 Bounds = tuple[tuple[int, int], ...]
 """First place and place after the last, of each dimension."""
@@ -35,19 +45,41 @@ class Section:
 
     Attributes:
         tensor: The tensor.
-        shape: Its shape, made to fit the parameter's dimensions.
+        part: What of the tensor is taken.
+        shape: Shape of that, made to fit the parameter's dimensions.
         start: Its first place along the parameter's `concat_axis`.
-        repeat: How often each of its slices along the first axis is written.
     """
 
     tensor: StoredTensor
+    part: Part
     shape: tuple[int, ...]
     start: int
-    repeat: int
+
+    @property
+    def repeat(self) -> int:
+        """How often each of its slices along the first axis is written."""
+        return self.part.repeat
 
     def length(self, axis: int) -> int:
         """Places it takes along a dimension of the parameter."""
         return self.shape[axis] * (self.repeat if axis == 0 else 1)
+
+    def view(self, stored: np.ndarray) -> np.ndarray:
+        """The share as the parameter has it, its first dimension cut in two.
+
+        A view, so that only what is used of it is read, and so that an array of the
+        tensor's shape can be filled through it.
+
+        Args:
+            stored: An array of the tensor's shape.
+        """
+        rows = stored.T if self.part.transposed else stored
+        groups = self.part.groups
+        if self.part.rows is not None:
+            rows = rows.reshape(groups, -1, *rows.shape[1:])
+            rows = rows[:, slice(*self.part.rows)]
+        outer = self.shape[0] if groups == 1 else groups
+        return rows.reshape(outer, self.shape[0] // outer, *self.shape[1:])
 
 
 def load_weights(
@@ -122,17 +154,17 @@ def lay_out(
     sections: list[Section] = []
     start, axis = 0, spec.concat_axis
     for part in spec.parts:
-        if part.name not in tensors:
+        tensor = _named(part.name, tensors)
+        if tensor is None:
             raise CheckpointError(
                 f"tensor {part.name!r} is missing from the checkpoint; parameter "
                 f"{name} of shape {spec.shape} needs it"
             )
-        tensor = tensors[part.name]
         tensor.check_readable()
         shape = _fitted_shape(spec, part, tensor.shape)
         if shape is None:
             raise _misshapen(name, spec, [part], [tensor])
-        section = Section(tensor, shape, start, part.repeat)
+        section = Section(tensor, part, shape, start)
         sections.append(section)
         start += section.length(axis)
     room = spec.shape[axis] - start
@@ -179,15 +211,16 @@ def _fill(buffer: np.ndarray, bounds: Bounds, section: Section, axis: int) -> No
         return
     wanted = [slice(*pair) for pair in bounds]
     wanted[axis] = slice(first - section.start, last - section.start)
-    source = section.tensor.map().reshape(section.shape)
+    source = section.view(section.tensor.map())
     target = np.moveaxis(buffer, axis, 0)[first - low : last - low]
     target = np.moveaxis(target, 0, axis)
-    if section.repeat == 1:
-        target[...] = source[tuple(wanted)]
+    if section.repeat == source.shape[1] == 1:
+        target[...] = source[(wanted[0], 0, *wanted[1:])]
         return
     # Few rows: the first axis is that of the KV heads.
     for place, row in enumerate(range(wanted[0].start, wanted[0].stop)):
-        target[place] = source[(row // section.repeat, *wanted[1:])]
+        places = divmod(row // section.repeat, source.shape[1])
+        target[place] = source[(*places, *wanted[1:])]
 
 
 def _load_parameter(
@@ -221,10 +254,18 @@ def _lay_out_tree(specs: Mapping[str, Any], tensors: Mapping[str, StoredTensor])
     return jax.tree_util.tree_map_with_path(one, specs)
 
 
+def _named(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """The tensor of that name, or without the prefix of the network's body."""
+    for prefix in BASE_PREFIXES:
+        if name not in tensors and name.startswith(prefix):
+            return tensors.get(name.removeprefix(prefix))
+    return tensors.get(name)
+
+
 def _fitted_shape(
     spec: ParamSpec, part: Part, stored: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """The tensor's shape in the parameter's dimensions, None if it has none.
+    """The shape of what is taken, in the parameter's dimensions; None if it has none.
 
     The dimension of concatenation follows from the number of elements. Only splitting
     a dimension of the tensor, or adding one of size 1, is a fit: a transposed tensor
@@ -232,16 +273,32 @@ def _fitted_shape(
     """
     if part.shape is not None and part.shape != stored:
         return None
+    taken = _taken_shape(part, stored)
     axis, shape = spec.concat_axis, list(spec.shape)
     if axis != 0:
         if shape[0] % part.repeat:
             return None
         shape[0] //= part.repeat
     others = math.prod(shape[:axis] + shape[axis + 1 :])
-    if not others or math.prod(stored) % others:
+    if taken is None or not others or math.prod(taken) % others:
         return None
-    shape[axis] = math.prod(stored) // others
-    return tuple(shape) if _merges_into(shape, stored) else None
+    shape[axis] = math.prod(taken) // others
+    # Groups of heads that share a run of rows may be cut, not joined.
+    if part.groups > 1 and shape[0] % part.groups:
+        return None
+    return tuple(shape) if _merges_into(shape, taken) else None
+
+
+def _taken_shape(part: Part, stored: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Shape of the chosen rows of a tensor, all groups in one dimension."""
+    if part.transposed:
+        stored = stored[::-1]
+    if part.rows is None:
+        return stored
+    first, last = part.rows
+    if not stored or stored[0] % part.groups or last > stored[0] // part.groups:
+        return None
+    return (part.groups * (last - first), *stored[1:])
 
 
 def _merges_into(shape: list[int], stored: tuple[int, ...]) -> bool:

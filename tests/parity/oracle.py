@@ -17,9 +17,28 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 FAMILIES = {
+    "cohere": (transformers.CohereConfig, transformers.CohereForCausalLM),
+    "cohere2": (transformers.Cohere2Config, transformers.Cohere2ForCausalLM),
+    "falcon": (transformers.FalconConfig, transformers.FalconForCausalLM),
+    "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+    "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+    "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),
+    "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
+    "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
+    "phi": (transformers.PhiConfig, transformers.PhiForCausalLM),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
+    "stablelm": (transformers.StableLmConfig, transformers.StableLmForCausalLM),
+    "starcoder2": (transformers.Starcoder2Config, transformers.Starcoder2ForCausalLM),
 }
+WHOLE = ("llama", "qwen3")
+"""Families whose every path is tested; the others share the code of these."""
 ODD = {
     "hidden_size": 96,
     "intermediate_size": 136,
@@ -73,8 +92,12 @@ class Checkpoint:
 
 
 def checkpoint(family, *, dtype="float32", shard_size="1GB", **sizes):
-    """A random checkpoint; every test that asks for the same one shares it."""
-    return _checkpoint(family, dtype, shard_size, json.dumps(ODD | sizes))
+    """A random checkpoint; every test that asks for the same one shares it.
+
+    Sizes are those of ODD but for what is given; None leaves one out.
+    """
+    sizes = {k: v for k, v in (ODD | sizes).items() if v is not None}
+    return _checkpoint(family, dtype, shard_size, json.dumps(sizes))
 
 
 @functools.cache
@@ -111,10 +134,11 @@ def fill(model):
     with torch.no_grad():
         for name, values in model.named_parameters():
             noise = torch.randn(values.shape, generator=generator)
-            if values.ndim == 2:
-                values.copy_(noise / values.shape[1] ** 0.5)
-            elif "norm" in name:
+            is_norm = "norm" in name or "ln_" in name
+            if is_norm and name.endswith("weight"):
                 values.copy_(1 + 0.2 * noise)
+            elif values.ndim == 2:
+                values.copy_(noise / values.shape[1] ** 0.5)
             else:
                 values.copy_(0.2 * noise)
 
