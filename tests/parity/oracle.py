@@ -8,6 +8,7 @@ import tempfile
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jllm.config import EngineConfig
 from jllm.engine.create import create_engine
@@ -108,6 +109,22 @@ def _checkpoint(family, dtype, shard_size, sizes):
     folder = pathlib.Path(tempfile.mkdtemp(prefix="jllm-parity-"))
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
     return load(folder, model_class)
+
+
+def rewritten(saved, config, rewrite):
+    """The same weights under another architecture, that transformers does not have.
+
+    Args:
+        saved: A checkpoint.
+        config: What its config.json has in addition.
+        rewrite: Tensors by their names to those of the other architecture.
+    """
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="jllm-parity-"))
+    values = json.loads((saved.folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | config))
+    tensors = rewrite(load_file(saved.folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return Checkpoint(folder, saved.model)
 
 
 def load(folder, model_class):

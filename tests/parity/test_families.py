@@ -1,27 +1,19 @@
 """Every dense family against transformers: scores, greedy tokens, shared layers."""
 
-import functools
-
-import jax
 import numpy as np
 import pytest
 
 from jllm.errors import ConfigError
-from jllm.models.base import ModelOptions
-from jllm.models.registry import build_model
-from jllm.weights.hub import resolve_model
-from jllm.weights.loader import load_weights
-from shardings.mesh import make_mesh
-from shardings.place import tree_shardings
 from tests.engines import request
 from tests.parity.oracle import (
     TOLERANCE,
     checkpoint,
     engine_for,
     random_prompt,
+    rewritten,
     run_all,
 )
-from tests.parity.test_models import LENGTH, PIECES, Network, network, vocabulary
+from tests.parity.test_models import LENGTH, PIECES, network, vocabulary
 
 WINDOW = 12
 """Far shorter than the prompts."""
@@ -147,12 +139,95 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("pieces", ["chunked", "decode"])
-@pytest.mark.parametrize("name", MODELS)
-def test_logits(name, pieces):
-    saved = checkpoint(**MODELS[name])
+INTERNLM2_NAMES = {
+    "model.embed_tokens": "model.tok_embeddings",
+    "lm_head": "output",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def fused_by_groups(tensors, kv_heads=2):
+    """Llama's tensors as InternLM2 has them."""
+    renamed = {}
+    for name, values in tensors.items():
+        if "q_proj" in name:
+            parts = [tensors[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
+            rows = [part.reshape(kv_heads, -1, values.shape[1]) for part in parts]
+            name = name.replace("self_attn.q_proj", "attention.wqkv")
+            renamed[name] = np.concatenate(rows, axis=1).reshape(-1, values.shape[1])
+        elif "k_proj" not in name and "v_proj" not in name:
+            for old, new in INTERNLM2_NAMES.items():
+                name = name.replace(old, new)
+            renamed[name] = values
+    return renamed
+
+
+def saved_model(name, **sizes):
+    if name == "internlm2":
+        config = {"architectures": ["InternLM2ForCausalLM"], "bias": False}
+        return rewritten(checkpoint("llama", **sizes), config, fused_by_groups)
+    if name == "internlm3":
+        config = {"architectures": ["InternLM3ForCausalLM"], "qkv_bias": True}
+        return rewritten(checkpoint("qwen2", **sizes), config, dict)
+    return checkpoint(**MODELS[name] | sizes)
+
+
+NAMES = [*MODELS, "internlm2", "internlm3"]
+ONE_EACH = [name for name in NAMES if "-" not in name] + ["falcon-new", "falcon-alibi"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits(name):
+    """A prompt in two chunks, then token by token."""
+    saved = saved_model(name)
     tokens = random_prompt(LENGTH)
     expected = saved.logits(tokens)
     assert expected.std() > 0.3  # or the tolerance would mean nothing
-    logits = network(saved.folder).logits(tokens, PIECES[pieces])
+    logits = network(saved.folder).logits(tokens, [23, 7] + [1] * 10)
     np.testing.assert_allclose(vocabulary(logits), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_greedy_tokens_for_64_steps(name):
+    """Of the engine, from a prompt longer than the window."""
+    saved = saved_model(name)
+    prompt = random_prompt(20, seed=3)
+    engine = engine_for(saved.folder, max_num_seqs=1, max_num_batched_tokens=16)
+    again = request("a", prompt, max_tokens=64, temperature=0, ignore_eos=True)
+    tokens, _, _ = run_all(engine, [again])
+    engine.close()
+    expected = saved.greedy(prompt, 64)
+    assert len(set(expected)) > 5  # or agreement would mean little
+    assert tokens[("a", 0)] == expected
+
+
+# Heads that four devices share, so that two KV heads are kept twice.
+SHARED = {
+    "hidden_size": 128,
+    "intermediate_size": 144,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 2,
+}
+SHARED_GPT2 = {"n_embd": 128, "n_head": 8, "n_inner": 144}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_logits_of_layers_that_devices_share(name, size):
+    saved = saved_model(name, **(SHARED_GPT2 if name == "gpt2" else SHARED))
+    tokens = random_prompt(LENGTH)
+    shared = network(saved.folder, tensor_size=size)
+    logits = vocabulary(shared.logits(tokens, PIECES["chunked"]))
+    expected = saved.logits(tokens)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gpt2", "falcon"])
+def test_heads_that_devices_cannot_share_are_refused(name):
+    with pytest.raises(ConfigError, match="tensor_parallel_size=4 must divide the 6"):
+        network(saved_model(name).folder, tensor_size=4)

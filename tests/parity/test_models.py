@@ -114,7 +114,8 @@ class Network:
         assert sum(pieces) == len(tokens) == LENGTH
         kv = self.model.init_kv(LENGTH // BLOCK_SIZE + 2, BLOCK_SIZE)
         # Where a step leaves it, or the second step would be compiled again.
-        kv = jax.device_put(kv, jax.tree.leaves(self.weights)[0].sharding)
+        if self.model.options.mesh is None:
+            kv = jax.device_put(kv, jax.tree.leaves(self.weights)[0].sharding)
         rows, start = [], 0
         for count in pieces:
             batch = one_row(tokens, start, count)
@@ -150,13 +151,18 @@ def one_row(tokens, start, count):
 
 
 @functools.cache
-def network(folder, dtype="float32", max_model_len=LENGTH):
-    """The network of a checkpoint, on one device."""
+def network(folder, dtype="float32", max_model_len=LENGTH, tensor_size=1):
+    """The network of a checkpoint, on so many devices."""
     files = resolve_model(str(folder))
-    options = ModelOptions(dtype=dtype, max_model_len=max_model_len)
+    mesh = make_mesh(tensor=tensor_size, devices=jax.devices()[:tensor_size])
+    options = ModelOptions(
+        dtype=dtype,
+        max_model_len=max_model_len,
+        mesh=None if tensor_size == 1 else mesh,
+    )
     model = build_model(files.config, options)
     specs = model.specs()
-    places = tree_shardings(specs, make_mesh(devices=jax.devices()[:1]))
+    places = tree_shardings(specs, mesh)
     weights = load_weights(files, specs, places, dtype, progress=False)
     return Network(model, weights)
 
