@@ -11,7 +11,13 @@ from jllm.layers.norm import NormKind
 from jllm.models.base import ModelOptions
 from jllm.models.decoder import Decoder
 from jllm.models.decoder_config import AttentionConfig, BlockConfig, MlpConfig, Names
-from jllm.models.hf_config import read_activation, read_flag, read_number, require_value
+from jllm.models.hf_config import (
+    read_activation,
+    read_flag,
+    read_number,
+    require_value,
+    with_defaults,
+)
 from jllm.models.hf_decoder import read_decoder
 
 
@@ -24,11 +30,13 @@ def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:
     """
     require_value(config, "num_key_value_heads", (config.get("num_attention_heads"),))
     shape = read_decoder(
-        {
-            "rope_theta": config.get("rotary_emb_base", 10_000.0),
-            "partial_rotary_factor": config.get("rotary_pct", 0.25),
-            **config,
-        }
+        with_defaults(
+            config,
+            {
+                "rope_theta": config.get("rotary_emb_base", 10_000.0),
+                "partial_rotary_factor": config.get("rotary_pct", 0.25),
+            },
+        )
     )
     bias = read_flag(config, "attention_bias", True)
     shape = dataclasses.replace(

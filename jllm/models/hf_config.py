@@ -75,6 +75,14 @@ def read_flag(config: Mapping[str, Any], key: str, default: bool) -> bool:  # no
     return value
 
 
+def with_defaults(
+    config: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The config with a family's own defaults for missing and null values."""
+    given = {key: value for key, value in config.items() if value is not None}
+    return {**config, **defaults, **given}
+
+
 def require_value(
     config: Mapping[str, Any], key: str, allowed: tuple[object, ...]
 ) -> None:

@@ -19,6 +19,7 @@ from jllm.models.hf_config import (
     read_flag,
     read_heads,
     read_integer,
+    read_layer_types,
     read_number,
 )
 
@@ -72,6 +73,24 @@ def with_windows(
         )
     )
     return dataclasses.replace(shape, layers=layers)
+
+
+def with_upper_windows(
+    shape: DecoderConfig, config: Mapping[str, Any]
+) -> DecoderConfig:
+    """The same decoder with a window in the layers above the first few.
+
+    Raises:
+        UnsupportedModelError: A value is of another type or out of range.
+    """
+    if not read_flag(config, "use_sliding_window", False):
+        return shape
+    first = 0
+    if config.get("max_window_layers", 28) != 0:
+        first = read_integer(config, "max_window_layers", 28)
+    default = [SLIDING if i >= first else FULL for i in range(shape.num_layers)]
+    types = read_layer_types(config, default)
+    return with_windows(shape, read_window(config, 4096), types)
 
 
 def read_window(config: Mapping[str, Any], default: int | None = None) -> int | None:

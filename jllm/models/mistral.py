@@ -20,5 +20,5 @@ def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:
         ConfigError: The options do not fit the model's shape.
     """
     require_value(config, "layer_types", ())
-    shape = with_windows(read_decoder(config), read_window(config))
+    shape = with_windows(read_decoder(config), read_window(config, 4096))
     return Decoder(shape, options)

@@ -11,7 +11,12 @@ from jllm.layers.norm import NormKind
 from jllm.models.base import ModelOptions
 from jllm.models.decoder import Decoder
 from jllm.models.decoder_config import AttentionConfig, BlockConfig, MlpConfig, Names
-from jllm.models.hf_config import read_activation, read_number, require_value
+from jllm.models.hf_config import (
+    read_activation,
+    read_number,
+    require_value,
+    with_defaults,
+)
 from jllm.models.hf_decoder import read_decoder
 
 
@@ -24,7 +29,7 @@ def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:
     """
     require_value(config, "qk_layernorm", (False,))
     shape = read_decoder(
-        {"partial_rotary_factor": 0.5, "hidden_act": "gelu_new", **config}
+        with_defaults(config, {"partial_rotary_factor": 0.5, "hidden_act": "gelu_new"})
     )
     shape = dataclasses.replace(
         shape,

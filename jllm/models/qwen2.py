@@ -10,8 +10,7 @@ from typing import Any
 from jllm.models.base import ModelOptions
 from jllm.models.decoder import Decoder
 from jllm.models.decoder_config import AttentionConfig
-from jllm.models.hf_decoder import read_decoder
-from jllm.models.qwen3 import with_upper_windows
+from jllm.models.hf_decoder import read_decoder, with_upper_windows
 
 
 def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:

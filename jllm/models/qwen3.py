@@ -9,15 +9,9 @@ from typing import Any
 
 from jllm.models.base import ModelOptions
 from jllm.models.decoder import Decoder
-from jllm.models.decoder_config import AttentionConfig, DecoderConfig, HeadNormConfig
-from jllm.models.hf_config import (
-    FULL,
-    SLIDING,
-    read_flag,
-    read_integer,
-    read_layer_types,
-)
-from jllm.models.hf_decoder import read_decoder, read_window, with_windows
+from jllm.models.decoder_config import AttentionConfig, HeadNormConfig
+from jllm.models.hf_config import read_flag, with_defaults
+from jllm.models.hf_decoder import read_decoder, with_upper_windows
 
 
 def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:
@@ -27,28 +21,10 @@ def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:
         UnsupportedModelError: A value is missing or not supported.
         ConfigError: The options do not fit the model's shape.
     """
-    config = {"head_dim": 128, **config}
+    config = with_defaults(config, {"head_dim": 128})
     shape = with_upper_windows(read_decoder(config), config)
     bias = read_flag(config, "attention_bias", False)
     attention = AttentionConfig(
         qkv_bias=bias, out_bias=bias, head_norms=HeadNormConfig(kind=shape.norm)
     )
     return Decoder(dataclasses.replace(shape, attention=attention), options)
-
-
-def with_upper_windows(
-    shape: DecoderConfig, config: Mapping[str, Any]
-) -> DecoderConfig:
-    """The same decoder with a window in the layers above the first few.
-
-    Raises:
-        UnsupportedModelError: A value is of another type or out of range.
-    """
-    if not read_flag(config, "use_sliding_window", False):
-        return shape
-    first = 0
-    if config.get("max_window_layers", 28) != 0:
-        first = read_integer(config, "max_window_layers", 28)
-    default = [SLIDING if i >= first else FULL for i in range(shape.num_layers)]
-    types = read_layer_types(config, default)
-    return with_windows(shape, read_window(config, 4096), types)

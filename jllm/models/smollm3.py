@@ -18,6 +18,7 @@ from jllm.models.hf_config import (
     read_flag,
     read_integer,
     read_layer_types,
+    with_defaults,
 )
 from jllm.models.hf_decoder import read_decoder, read_window, with_windows
 
@@ -29,7 +30,7 @@ def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:
         UnsupportedModelError: A value is missing or not supported.
         ConfigError: The options do not fit the model's shape.
     """
-    shape = read_decoder({"tie_word_embeddings": True, **config})
+    shape = read_decoder(with_defaults(config, {"tie_word_embeddings": True}))
     rotated = _rotated_layers(config, shape.num_layers)
     bias = read_flag(config, "attention_bias", False)
     mlp_bias = read_flag(config, "mlp_bias", False)

@@ -11,7 +11,7 @@ from jllm.layers.norm import NormKind
 from jllm.models.base import ModelOptions
 from jllm.models.decoder import Decoder
 from jllm.models.decoder_config import AttentionConfig, BlockConfig, HeadNormConfig
-from jllm.models.hf_config import read_flag, read_number, require_value
+from jllm.models.hf_config import read_flag, read_number, require_value, with_defaults
 from jllm.models.hf_decoder import read_decoder
 
 
@@ -23,7 +23,7 @@ def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:
         ConfigError: The options do not fit the model's shape.
     """
     require_value(config, "head_dim", ())
-    shape = read_decoder({"partial_rotary_factor": 0.25, **config})
+    shape = read_decoder(with_defaults(config, {"partial_rotary_factor": 0.25}))
     epsilon = read_number(config, "layer_norm_eps", 1e-5)
     names = ("self_attn.q_layernorm.norms", "self_attn.k_layernorm.norms")
     kind = NormKind(epsilon, centred=True)

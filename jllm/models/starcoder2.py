@@ -11,7 +11,7 @@ from jllm.layers.norm import NormKind
 from jllm.models.base import ModelOptions
 from jllm.models.decoder import Decoder
 from jllm.models.decoder_config import AttentionConfig, MlpConfig, Names
-from jllm.models.hf_config import read_activation, read_flag, read_number
+from jllm.models.hf_config import read_activation, read_flag, read_number, with_defaults
 from jllm.models.hf_decoder import read_decoder, read_window, with_windows
 
 
@@ -22,7 +22,7 @@ def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:
         UnsupportedModelError: A value is missing or not supported.
         ConfigError: The options do not fit the model's shape.
     """
-    shape = read_decoder({"tie_word_embeddings": True, **config})
+    shape = read_decoder(with_defaults(config, {"tie_word_embeddings": True}))
     bias = read_flag(config, "use_bias", True)
     shape = dataclasses.replace(
         shape,

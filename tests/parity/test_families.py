@@ -206,6 +206,15 @@ def test_greedy_tokens_for_64_steps(name):
     assert tokens[("a", 0)] == expected
 
 
+@pytest.mark.parametrize("name", ["cohere", "gemma3", "gpt2"])
+def test_logits_in_bfloat16_are_near(name):
+    saved = saved_model(name, dtype="bfloat16")
+    tokens = random_prompt(LENGTH)
+    logits = network(saved.folder, "bfloat16").logits(tokens, PIECES["chunked"])
+    expected = saved.logits(tokens)
+    np.testing.assert_allclose(vocabulary(logits), expected, rtol=0, atol=0.15)
+
+
 # Heads that four devices share, so that two KV heads are kept twice.
 SHARED = {
     "hidden_size": 128,
