@@ -5,8 +5,7 @@ that the host needs at most one parameter more than the arrays themselves.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jllm.errors import CheckpointError
 from jllm.models.base import ParamSpec, Part, parameter_bytes
 from jllm.weights.host_memory import HostMemory
 from jllm.weights.hub import CheckpointFiles
+from jllm.weights.parts import fitted_shape, part_view
 from jllm.weights.tensors import StoredTensor, find_tensors
 
 NEVER_USED = (
@@ -65,21 +65,8 @@ class Section:
         return self.shape[axis] * (self.repeat if axis == 0 else 1)
 
     def view(self, stored: np.ndarray) -> np.ndarray:
-        """The share as the parameter has it, its first dimension cut in two.
-
-        A view, so that only what is used of it is read, and so that an array of the
-        tensor's shape can be filled through it.
-
-        Args:
-            stored: An array of the tensor's shape.
-        """
-        rows = stored.T if self.part.transposed else stored
-        groups = self.part.groups
-        if self.part.rows is not None:
-            rows = rows.reshape(groups, -1, *rows.shape[1:])
-            rows = rows[:, slice(*self.part.rows)]
-        outer = self.shape[0] if groups == 1 else groups
-        return rows.reshape(outer, self.shape[0] // outer, *self.shape[1:])
+        """The share of an array of the tensor's shape; see `part_view`."""
+        return part_view(self.part, self.shape, stored)
 
 
 def load_weights(
@@ -161,7 +148,7 @@ def lay_out(
                 f"{name} of shape {spec.shape} needs it"
             )
         tensor.check_readable()
-        shape = _fitted_shape(spec, part, tensor.shape)
+        shape = fitted_shape(spec, part, tensor.shape)
         if shape is None:
             raise _misshapen(name, spec, [part], [tensor])
         section = Section(tensor, part, shape, start)
@@ -260,58 +247,6 @@ def _named(name: str, tensors: Mapping[str, StoredTensor]) -> StoredTensor | Non
         if name not in tensors and name.startswith(prefix):
             return tensors.get(name.removeprefix(prefix))
     return tensors.get(name)
-
-
-def _fitted_shape(
-    spec: ParamSpec, part: Part, stored: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """The shape of what is taken, in the parameter's dimensions; None if it has none.
-
-    The dimension of concatenation follows from the number of elements. Only splitting
-    a dimension of the tensor, or adding one of size 1, is a fit: a transposed tensor
-    has the right number of elements too.
-    """
-    if part.shape is not None and part.shape != stored:
-        return None
-    taken = _taken_shape(part, stored)
-    axis, shape = spec.concat_axis, list(spec.shape)
-    if axis != 0:
-        if shape[0] % part.repeat:
-            return None
-        shape[0] //= part.repeat
-    others = math.prod(shape[:axis] + shape[axis + 1 :])
-    if taken is None or not others or math.prod(taken) % others:
-        return None
-    shape[axis] = math.prod(taken) // others
-    # Groups of heads that share a run of rows may be cut, not joined.
-    if part.groups > 1 and shape[0] % part.groups:
-        return None
-    return tuple(shape) if _merges_into(shape, taken) else None
-
-
-def _taken_shape(part: Part, stored: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Shape of the chosen rows of a tensor, all groups in one dimension."""
-    if part.transposed:
-        stored = stored[::-1]
-    if part.rows is None:
-        return stored
-    first, last = part.rows
-    if not stored or stored[0] % part.groups or last > stored[0] // part.groups:
-        return None
-    return (part.groups * (last - first), *stored[1:])
-
-
-def _merges_into(shape: list[int], stored: tuple[int, ...]) -> bool:
-    """Whether products of neighbouring dimensions of `shape` are those of `stored`."""
-    dims: Iterator[int] = iter(shape)
-    for size in stored:
-        product = 1
-        while product != size:
-            step = next(dims, None)
-            if step is None or product > size:
-                return False
-            product *= step
-    return all(rest == 1 for rest in dims)
 
 
 def _misshapen(
