@@ -112,7 +112,7 @@ def _qkv_parts(
     config: DecoderConfig, prefix: str, kind: str, num_kv_heads: int
 ) -> tuple[Part, ...]:
     """Where the rows of q, k and v are in the checkpoint."""
-    names = config.names
+    names, first_name = config.names, config.names.qkv[0]
     copies = num_kv_heads // config.num_kv_heads
     repeats = (1, copies, copies)
     q_rows = config.num_heads * config.head_dim
@@ -133,7 +133,7 @@ def _qkv_parts(
     whole, parts, start = stored(sum(sizes)), list[Part](), 0
     for repeat, size in zip(repeats, sizes, strict=True):
         rows = (start, start + size // groups)
-        name = f"{prefix}{names.qkv[0]}.{kind}"
+        name = f"{prefix}{first_name}.{kind}"
         parts.append(Part(name, repeat, whole, is_transposed, groups, rows))
         start = rows[1]
     return tuple(parts)
@@ -196,6 +196,7 @@ def _gate_up(
     matrix of which a device holds consecutive rows.
     """
     names, mlp_width = config.names.up, config.mlp.width
+    first_name = names[0]
 
     def fused(kind: str, columns: tuple[int, ...], init: str) -> ParamSpec:
         if len(names) > 1:
@@ -206,7 +207,7 @@ def _gate_up(
         else:
             whole = (2 * mlp_width, *columns)
             parts = tuple(
-                Part(f"{prefix}{names[0]}.{kind}", shape=whole, rows=rows)
+                Part(f"{prefix}{first_name}.{kind}", shape=whole, rows=rows)
                 for rows in ((0, mlp_width), (mlp_width, 2 * mlp_width))
             )
         axes = ("mlp", None, None, *(None for _ in columns))

@@ -119,15 +119,14 @@ def read_ropes(
         UnsupportedModelError: As for `RopeConfig.from_hf`.
     """
     given = config.get("rope_parameters")
-    is_nested = isinstance(given, Mapping) and FULL in given
     plain = {
         key: value
         for key, value in config.items()
         if key not in ("rope_scaling", "rope_parameters", "rope_theta")
     }
-    own: dict[str, Any] = {FULL: config.get("rope_scaling") or given}
-    if is_nested:
-        own = dict(given)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    own: Mapping[str, Any] = {FULL: config.get("rope_scaling") or given}
+    if isinstance(given, Mapping) and FULL in given:
+        own = given
     return {
         kind: RopeConfig.from_hf(
             {**plain, "rope_theta": thetas[kind], "rope_parameters": own.get(kind)}
