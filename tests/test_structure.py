@@ -97,7 +97,7 @@ def registered_modules():
     for node in ast.walk(tree):
         words |= imported(node)
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            words.add(node.value)
+            words.add(node.value.partition(":")[0])  # of `module:function`
     pattern = re.compile(r"jllm\.models\.\w+")
     modules = {word for word in words if pattern.fullmatch(word)}
     return {name for name in modules if name.split(".")[-1] not in SHARED_MODEL_FILES}

@@ -7,6 +7,7 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
@@ -16,6 +17,7 @@ from jllm.layers.batch import Batch
 from jllm.layers.kernels import Implementation, Target, TileLayout
 from pallas_kernels import (
     copy_blocks,
+    kv_write,
     paged_attention,
     paged_attention_update,
     qkv_write,
@@ -34,19 +36,23 @@ EVERYWHERE = PartitionSpec()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """What is fixed for all layers of a model.
+    """How a layer attends.
 
     Attributes:
         scale: Factor on the scores.
         implementation: Kernel to use; a forced one never falls back.
         target: Device that the kernels are made for, None for the default one.
         mesh: Devices that share the heads, None for a single one.
+        window: Newest positions that a query sees, itself included; None for all.
+        soft_cap: Bound of the scores; None for none.
     """
 
     scale: float
     implementation: Implementation
     target: Target | None
     mesh: Mesh | AbstractMesh | None
+    window: int | None = None
+    soft_cap: float | None = None
 
     @property
     def write_implementation(self) -> Implementation:
@@ -66,26 +72,44 @@ class AttentionOptions:
 
 def cached_attention(
     heads: Heads,
-    rotation: Rotation,
+    rotation: Rotation | None,
     norms: HeadNorms | None,
     kv: Shaped[Array, "B 2 K P W"],
     batch: Batch,
     options: AttentionOptions,
+    alibi_slopes: Float[Array, " H"] | None = None,
 ) -> tuple[Float[Array, "T H D"], Shaped[Array, "B 2 K P W"]]:
     """Normalises and rotates the heads, writes keys and values, then attends.
 
-    The pool's heads may be wider than the model's: what is beyond stays zero.
+    The pool's heads may be wider than the model's: what is beyond stays zero. Heads
+    without a rotation are written by themselves, since the fused kernel rotates.
+
+    Args:
+        heads: Queries, keys and values of the new tokens.
+        rotation: Angles of each token; None where they are not rotated.
+        norms: Norms of queries and keys, None for none.
+        kv: The layer's pool.
+        batch: The step's tokens.
+        options: How to attend.
+        alibi_slopes: By how much each head's scores fall with the distance.
     """
     local = partial(_write_and_attend, options=options)
     if options.mesh is not None:
         local = jax.shard_map(
             local,
             mesh=options.mesh,
-            in_specs=(HEADS, EVERYWHERE, EVERYWHERE, KV_HEADS, EVERYWHERE),
+            in_specs=(
+                HEADS,
+                EVERYWHERE,
+                EVERYWHERE,
+                KV_HEADS,
+                EVERYWHERE,
+                PartitionSpec("tensor"),
+            ),
             out_specs=(HEADS, KV_HEADS),
             check_vma=False,
         )
-    return local(heads, rotation, norms, kv, batch)
+    return local(heads, rotation, norms, kv, batch, alibi_slopes)
 
 
 def tile_layout(
@@ -115,17 +139,21 @@ def tile_layout(
 
 def _write_and_attend(
     heads: Heads,
-    rotation: Rotation,
+    rotation: Rotation | None,
     norms: HeadNorms | None,
     kv: Array,
     batch: Batch,
+    alibi_slopes: Array | None,
     *,
     options: AttentionOptions,
 ) -> tuple[Array, Array]:
-    scores, head_dim = ScoreOptions(options.scale), heads.q.shape[-1]
+    scores = ScoreOptions(
+        options.scale, options.window, options.soft_cap, alibi_slopes=alibi_slopes
+    )
+    head_dim = heads.q.shape[-1]
     tables, lengths = batch.block_tables, batch.lengths
     if batch.is_decode and options.stores_while_attending:
-        tokens = NewTokens(*rotate_and_widen(heads, rotation, norms, kv.shape[-1]))
+        tokens = NewTokens(*_prepared(heads, rotation, norms, kv.shape[-1]))
         out, kv = paged_attention_update(
             tokens,
             kv,
@@ -138,15 +166,7 @@ def _write_and_attend(
         return out[:, :, :head_dim], kv
     # Write first: from here on only the new pool is used, so that it is updated in
     # place, and the kernels find cached and new tokens in one place.
-    q, kv = qkv_write(
-        heads,
-        kv,
-        batch.slots,
-        rotation,
-        norms=norms,
-        implementation=options.write_implementation,
-        target=options.target,
-    )
+    q, kv = _write(heads, rotation, norms, kv, batch, options)
     if batch.is_decode:
         out = paged_attention(
             q,
@@ -168,6 +188,43 @@ def _write_and_attend(
             target=options.target,
         )
     return out[:, :, :head_dim], kv
+
+
+def _write(
+    heads: Heads,
+    rotation: Rotation | None,
+    norms: HeadNorms | None,
+    kv: Array,
+    batch: Batch,
+    options: AttentionOptions,
+) -> tuple[Array, Array]:
+    """The queries ready for attention, and the pool with the new keys and values."""
+    implementation, target = options.write_implementation, options.target
+    if rotation is None:
+        q, keys, values = _prepared(heads, None, norms, kv.shape[-1])
+        kv = kv_write(
+            kv, keys, values, batch.slots, implementation=implementation, target=target
+        )
+        return q, kv
+    return qkv_write(
+        heads,
+        kv,
+        batch.slots,
+        rotation,
+        norms=norms,
+        implementation=implementation,
+        target=target,
+    )
+
+
+def _prepared(
+    heads: Heads, rotation: Rotation | None, norms: HeadNorms | None, width: int
+) -> Heads:
+    """The heads as attention takes them, by XLA."""
+    if rotation is None:
+        nothing = jnp.zeros((heads.q.shape[0], 0), jnp.float32)
+        rotation = Rotation(nothing, nothing)
+    return rotate_and_widen(heads, rotation, norms, width)
 
 
 def copy_cache_blocks(

@@ -69,6 +69,33 @@ def _rotation_in_a_branch(scaling: float, angles: Float[Array, "T F"]) -> Rotati
     return jax.lax.cond(is_usual, partial(_rotation, scaling), mirrored, angles)
 
 
+def pairs_apart(x: Float[Array, "T N D"], rotary_dim: int) -> Float[Array, "T N D"]:
+    """Puts the pairs of features (2 i, 2 i + 1) where (i, i + F) were, F pairs in all.
+
+    So a model that was trained with neighbours as pairs is rotated like the others:
+    queries and keys are exchanged alike, and their products stay what they are.
+
+    Args:
+        x: Query or key heads.
+        rotary_dim: The first 2 F features, which are rotated.
+    """
+    pairs = x[:, :, :rotary_dim].reshape(*x.shape[:2], rotary_dim // 2, 2)
+    apart = jnp.swapaxes(pairs, 2, 3).reshape(*x.shape[:2], rotary_dim)
+    return jnp.concatenate([apart, x[:, :, rotary_dim:]], axis=2)
+
+
+def alibi_slopes(num_heads: int) -> Float[np.ndarray, " H"]:
+    """By how much each head's scores fall with the distance.
+
+    A geometric sequence down to 2 ** -8 for a power of two; other counts take every
+    other term of the sequence of the next one. Source: ALiBi, arXiv:2108.12409.
+    """
+    power = 2 ** (num_heads.bit_length() - 1)
+    first = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    more = 2.0 ** (-4.0 * np.arange(1, 2 * (num_heads - power), 2) / power)
+    return np.concatenate([first, more])
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class RopeConfig:
     """Rotary position embedding of a model.

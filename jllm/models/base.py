@@ -28,18 +28,28 @@ KVCache = tuple[Array, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """One checkpoint tensor that fills a section of a parameter.
+    """The share of one checkpoint tensor that fills a section of a parameter.
+
+    The tensor is transposed if need be; its rows are cut into `groups` equal runs, and
+    `rows` of each run are taken.
 
     Attributes:
         name: Tensor name in the checkpoint.
         repeat: How often each slice along the parameter's first axis is written in
             turn; used when KV heads are replicated over devices.
         shape: Its shape in the checkpoint; None accepts any that fits the parameter.
+        transposed: Whether the checkpoint has inputs first.
+        groups: Runs of rows that share the tensor; more than one where it has the
+            query heads, key and value of one KV head after those of another.
+        rows: First row of each run and the one after the last; None for all.
     """
 
     name: str
     repeat: int = 1
     shape: tuple[int, ...] | None = None
+    transposed: bool = False
+    groups: int = 1
+    rows: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,6 +95,21 @@ class ParamSpec:
 def parameter_count(specs: Any) -> int:
     """Number of elements of all parameters of a tree, padding and repeats included."""
     return sum(spec.size for spec in jax.tree.leaves(specs))
+
+
+def published_parameter_count(specs: Any) -> int:
+    """Number of weights in the checkpoint, without padding, repeats and shares.
+
+    Raises:
+        ValueError: A part does not declare its shape.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for spec in jax.tree.leaves(specs):
+        for part in spec.parts:
+            if part.shape is None:
+                raise ValueError(f"part {part.name!r} declares no shape")
+            shapes[part.name] = part.shape
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def parameter_bytes(specs: Any, dtype: DTypeLike) -> int:

@@ -27,9 +27,16 @@ from jllm.layers.attention import (
 from jllm.layers.embedding import embed, output_logits
 from jllm.layers.kernels import TileLayout
 from jllm.layers.linear import linear
-from jllm.layers.mlp import gated_mlp
-from jllm.layers.norm import rms_norm
-from jllm.layers.rope import Rotation, rope_frequencies, rotation_of
+from jllm.layers.mlp import gated_mlp, plain_mlp
+from jllm.layers.norm import normalise, normalise_heads
+from jllm.layers.rope import (
+    RopeConfig,
+    Rotation,
+    alibi_slopes,
+    pairs_apart,
+    rope_frequencies,
+    rotation_of,
+)
 from jllm.models.base import Batch, KVCache, ModelOptions, Weights
 from jllm.models.decoder_config import DecoderConfig
 from jllm.models.decoder_specs import decoder_specs
@@ -54,10 +61,10 @@ class Decoder:
     def __post_init__(self) -> None:
         """Refuses a tensor-parallel size that the heads or the MLP cannot share."""
         size, config = self.options.tensor_size, self.config
-        if config.num_heads % size or config.mlp_width % size:
+        if config.num_heads % size or config.mlp.width % size:
             raise ConfigError(
                 f"tensor_parallel_size={size} must divide the {config.num_heads} query "
-                f"heads and the MLP width {config.mlp_width}"
+                f"heads and the MLP width {config.mlp.width}"
             )
         if config.num_kv_heads % size and size % config.num_kv_heads:
             raise ConfigError(
@@ -79,6 +86,13 @@ class Decoder:
     def num_layers(self) -> int:
         """Number of leaves of the KV cache."""
         return self.config.num_layers
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Newest positions that each layer's queries see; None for all of a context."""
+        longest = self.options.max_model_len
+        windows = (layer.window for layer in self.config.layers)
+        return tuple(w if w is not None and w < longest else None for w in windows)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -120,7 +134,7 @@ class Decoder:
         """How `Batch.tiles` are cut; None where the batches have none."""
         pool = jax.ShapeDtypeStruct(self.kv_shape(1, block_size), self.kv_dtype)
         heads, dtype = self.config.num_heads, self.options.dtype
-        return tile_layout(heads, dtype, pool, self._attention_options)
+        return tile_layout(heads, dtype, pool, self._attention_options[0])
 
     def init_kv(self, num_blocks: int, block_size: int) -> KVCache:
         """An empty cache: zeros, since a NaN in an unused place would spread."""
@@ -139,20 +153,35 @@ class Decoder:
 
         Pure, and differentiable with `attention="reference"`.
         """
-        hidden = embed(weights["embed"], batch.tokens)
-        rotation = rotation_of(batch.positions, *self._rope)
+        embedding = self.config.embedding
+        hidden = embed(weights["embed"], batch.tokens, embedding.scale)
+        if embedding.positions is not None:
+            hidden = hidden + embed(weights["positions"], batch.positions)
+        rotations = {
+            rope: rotation_of(batch.positions, *frequencies)
+            for rope, frequencies in self._frequencies.items()
+        }
         pools: list[Array] = []
         for layer, pool in enumerate(kv):
+            rope = self.config.layers[layer].rope
+            rotation = None if rope is None else rotations[rope]
             hidden, pool = self._layer(layer, weights, hidden, pool, batch, rotation)
             pools.append(pool)
-        return self._norm(weights, -1, hidden), tuple(pools)
+        return self._normed(weights, -1, hidden), tuple(pools)
 
     def logits(
         self, weights: Weights, hidden: Float[Array, "N E"]
     ) -> Float[Array, "N V"]:
         """Scores of the next token in float32; padded ids are minus infinity."""
-        head = weights["embed" if self.config.tie_embeddings else "head"]
-        return output_logits(head, hidden, self.config.vocab_size)
+        embedding = self.config.embedding
+        return output_logits(
+            weights["embed" if embedding.tied else "head"],
+            hidden,
+            self.config.vocab_size,
+            bias=weights.get("head_bias"),
+            scale=embedding.logit_scale,
+            soft_cap=embedding.soft_cap,
+        )
 
     def _layer(
         self,
@@ -161,26 +190,47 @@ class Decoder:
         hidden: Array,
         pool: Array,
         batch: Batch,
-        rotation: Rotation,
+        rotation: Rotation | None,
     ) -> tuple[Array, Array]:
-        own = weights["layers"][layer]
+        block = self.config.block
         with jax.named_scope("attention"):
-            normed = self._norm(weights, 2 * layer, hidden)
-            attended, pool = cached_attention(
-                self._project(own, normed),
-                rotation,
-                self._head_norms(weights, layer),
-                pool,
-                batch,
-                self._attention_options,
-            )
-            flat = attended.reshape(attended.shape[0], -1)
-            out = linear(flat, own["out"], own.get("out_bias"))
-            hidden = self._replicate(hidden + out)
+            normed = self._norm(weights, layer, block.before_attention, hidden)
+            attended, pool = self._attend(layer, weights, normed, pool, batch, rotation)
+            attended = self._output(weights, layer, block.after_attention, attended)
+            if not block.parallel:
+                hidden = self._replicate(hidden + attended)
         with jax.named_scope("mlp"):
-            normed = self._norm(weights, 2 * layer + 1, hidden)
-            hidden = self._replicate(hidden + gated_mlp(normed, own))
+            if not block.parallel or block.before_mlp is not None:
+                normed = self._norm(weights, layer, block.before_mlp, hidden)
+            out = self._mlp(weights["layers"][layer], normed)
+            out = self._output(weights, layer, block.after_mlp, out)
+            if block.parallel:
+                out = attended + out
+            hidden = self._replicate(hidden + out)
         return hidden, pool
+
+    def _attend(
+        self,
+        layer: int,
+        weights: Weights,
+        normed: Array,
+        pool: Array,
+        batch: Batch,
+        rotation: Rotation | None,
+    ) -> tuple[Array, Array]:
+        """Output of the attention [T, E], and the pool with the new tokens."""
+        own = weights["layers"][layer]
+        attended, pool = cached_attention(
+            self._paired(layer, self._project(own, normed)),
+            rotation,
+            self._head_norms(weights, layer),
+            pool,
+            batch,
+            self._attention_options[layer],
+            self._alibi_slopes,
+        )
+        flat = attended.reshape(attended.shape[0], -1)
+        return linear(flat, own["out"], own.get("out_bias")), pool
 
     def _project(self, own: Weights, normed: Array) -> Heads:
         """Queries [T, H, D], keys and values [T, K, D], not yet rotated."""
@@ -189,16 +239,60 @@ class Decoder:
         tokens, kv_heads, _ = qkv.shape
         qkv = qkv.reshape(tokens, kv_heads, self.group + 2, config.head_dim)
         q = qkv[:, :, :-2].reshape(tokens, config.num_heads, config.head_dim)
-        return Heads(q, qkv[:, :, -2], qkv[:, :, -1])
+        heads = Heads(q, qkv[:, :, -2], qkv[:, :, -1])
+        norms = config.attention.head_norms
+        if norms is None or norms.over == "head":
+            return heads
+        q, keys = (
+            normalise_heads(x, norms.kind, own[name], together=norms.over == "all")
+            for x, name in ((heads.q, "q_norm"), (heads.keys, "k_norm"))
+        )
+        return Heads(q, keys, heads.values)
+
+    def _paired(self, layer: int, heads: Heads) -> Heads:
+        """The features of each pair half a rotation apart, as it takes them."""
+        rope = self.config.layers[layer].rope
+        if rope is None or not self.config.attention.interleaved:
+            return heads
+        dim = rope.rotary_dim
+        q, keys = pairs_apart(heads.q, dim), pairs_apart(heads.keys, dim)
+        return Heads(q, keys, heads.values)
 
     def _head_norms(self, weights: Weights, layer: int) -> HeadNorms | None:
-        if not self.config.qk_norm:
+        norms = self.config.attention.head_norms
+        if norms is None or norms.over != "head":
             return None
         q, keys = weights["qk_norms"][2 * layer], weights["qk_norms"][2 * layer + 1]
-        return HeadNorms(q, keys, self.config.norm_epsilon)
+        return HeadNorms(q, keys, norms.kind.epsilon, norms.kind.weight_offset)
 
-    def _norm(self, weights: Weights, index: int, hidden: Array) -> Array:
-        return rms_norm(hidden, weights["norms"][index], self.config.norm_epsilon)
+    def _mlp(self, own: Weights, normed: Array) -> Array:
+        mlp = self.config.mlp
+        apply = gated_mlp if mlp.gated else plain_mlp
+        return apply(normed, own, mlp.activation)
+
+    def _output(
+        self, weights: Weights, layer: int, norm: str | None, out: Array
+    ) -> Array:
+        """What a half layer adds to the residual."""
+        if norm is not None:
+            out = self._norm(weights, layer, norm, self._replicate(out))
+        scale = self.config.block.residual_scale
+        if scale != 1:
+            out = (out.astype(jnp.float32) * scale).astype(out.dtype)
+        return out
+
+    def _norm(
+        self, weights: Weights, layer: int, name: str | None, hidden: Array
+    ) -> Array:
+        if name is None:
+            return hidden
+        names = self.config.block.norms
+        return self._normed(weights, len(names) * layer + names.index(name), hidden)
+
+    def _normed(self, weights: Weights, index: int, hidden: Array) -> Array:
+        kind = self.config.norm
+        bias = weights["norm_biases"][index] if kind.bias else None
+        return normalise(hidden, kind, weights["norms"][index], bias)
 
     def _replicate(self, hidden: Array) -> Array:
         """Makes every device hold the sum: the one all-reduce of a half layer."""
@@ -208,14 +302,30 @@ class Decoder:
         return jax.lax.with_sharding_constraint(hidden, everywhere)
 
     @cached_property
-    def _rope(self) -> tuple[np.ndarray, float]:
-        return rope_frequencies(self.config.rope, self.options.max_model_len)
+    def _frequencies(self) -> dict[RopeConfig, tuple[np.ndarray, float]]:
+        """Of each kind of rotation that a layer has."""
+        ropes = dict.fromkeys(layer.rope for layer in self.config.layers)
+        length = self.options.max_model_len
+        return {rope: rope_frequencies(rope, length) for rope in ropes if rope}
 
     @cached_property
-    def _attention_options(self) -> AttentionOptions:
-        return AttentionOptions(
-            scale=self.config.head_dim**-0.5,
+    def _attention_options(self) -> tuple[AttentionOptions, ...]:
+        attention = self.config.attention
+        scale = attention.scale
+        common = AttentionOptions(
+            scale=self.config.head_dim**-0.5 if scale is None else scale,
             implementation=self.options.attention,
             target=self.options.target,
             mesh=self.options.mesh,
+            soft_cap=attention.soft_cap,
         )
+        return tuple(
+            dataclasses.replace(common, window=window) for window in self.windows
+        )
+
+    @property
+    def _alibi_slopes(self) -> Array | None:
+        scale = self.config.attention.alibi
+        if scale is None:
+            return None
+        return jnp.asarray(alibi_slopes(self.config.num_heads) * scale, jnp.float32)

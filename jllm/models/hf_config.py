@@ -1,10 +1,11 @@
 """Checked reading of a Hugging Face config.json."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jllm.errors import UnsupportedModelError
+from jllm.layers.activation import Activation
 
 MAX_INTEGER = 2**31 - 1
 
@@ -46,6 +47,19 @@ def read_number(config: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
+def read_bound(
+    config: Mapping[str, Any], key: str, default: float | None
+) -> float | None:
+    """A finite positive number; a null one, unlike a missing one, is none.
+
+    Raises:
+        UnsupportedModelError: Of another type, or not finite and positive.
+    """
+    if config.get(key, default) is None:
+        return None
+    return read_number({key: config.get(key, default)}, key, 1.0)
+
+
 def read_flag(config: Mapping[str, Any], key: str, default: bool) -> bool:  # noqa: FBT001
     """A true or false value of the config.
 
@@ -61,6 +75,14 @@ def read_flag(config: Mapping[str, Any], key: str, default: bool) -> bool:  # no
     return value
 
 
+def with_defaults(
+    config: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The config with a family's own defaults for missing and null values."""
+    given = {key: value for key, value in config.items() if value is not None}
+    return {**config, **defaults, **given}
+
+
 def require_value(
     config: Mapping[str, Any], key: str, allowed: tuple[object, ...]
 ) -> None:
@@ -72,8 +94,9 @@ def require_value(
     value = config.get(key)
     if value is not None and value not in allowed:
         choices = ", ".join(repr(choice) for choice in allowed)
+        only = f", only {choices}" if allowed else ""
         raise UnsupportedModelError(
-            f"config.json: {key}={value!r} is not supported, only {choices}"
+            f"config.json: {key}={value!r} is not supported{only}"
         )
 
 
@@ -105,6 +128,67 @@ def read_heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return num_heads, num_kv_heads, head_dim
 
 
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+"""Activation functions by their name in config.json."""
+
+
+def read_activation(config: Mapping[str, Any], key: str, default: str) -> Activation:
+    """The activation function that the config names.
+
+    Raises:
+        UnsupportedModelError: An unknown one.
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"config.json: {key}={value!r} is not supported, only "
+            + ", ".join(ACTIVATIONS)
+        )
+    return ACTIVATIONS[value]
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""What a config's `layer_types` may contain."""
+
+
+def read_layer_types(
+    config: Mapping[str, Any], default: Sequence[str]
+) -> tuple[str, ...]:
+    """Which attention each layer has, `FULL` or `SLIDING`.
+
+    Args:
+        config: Content of config.json.
+        default: What the layers have where the config does not say.
+
+    Raises:
+        UnsupportedModelError: Another type, or not one for each layer.
+    """
+    types = config.get("layer_types")
+    if types is None:
+        return tuple(default)
+    if not isinstance(types, list) or len(types) != len(default):
+        raise UnsupportedModelError(
+            f"config.json: layer_types={types!r} must be a list of {len(default)}, one "
+            f"for each layer"
+        )
+    for kind in types:  # pyright: ignore[reportUnknownVariableType]
+        if kind not in (FULL, SLIDING):
+            raise UnsupportedModelError(
+                f"config.json: layer_types: {kind!r} is not supported, only {FULL!r} "
+                f"and {SLIDING!r}"
+            )
+    return tuple(types)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+
+
 STRETCHED = ("linear", "dynamic", "yarn")
 """Kinds of RoPE scaling whose factor is not yet in max_position_embeddings."""
 
@@ -115,7 +199,8 @@ def longest_context(config: Mapping[str, Any]) -> int:
     Raises:
         UnsupportedModelError: A value is of another type or out of range.
     """
-    longest = read_integer(config, "max_position_embeddings", 2048)
+    named = "n_positions" if "n_positions" in config else "max_position_embeddings"
+    longest = read_integer(config, named, 2048)
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
         raise UnsupportedModelError(

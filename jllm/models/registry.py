@@ -8,10 +8,29 @@ from jllm.errors import UnsupportedModelError
 from jllm.models.base import Model, ModelOptions
 
 ARCHITECTURES: Mapping[str, str] = {
-    "LlamaForCausalLM": "jllm.models.llama",
-    "Qwen3ForCausalLM": "jllm.models.qwen3",
+    "CohereForCausalLM": "jllm.models.cohere:command_r",
+    "Cohere2ForCausalLM": "jllm.models.cohere:command_a",
+    "FalconForCausalLM": "jllm.models.falcon:make",
+    "GPT2LMHeadModel": "jllm.models.gpt2:make",
+    "GPTNeoXForCausalLM": "jllm.models.gpt_neox:make",
+    "Gemma2ForCausalLM": "jllm.models.gemma:gemma2",
+    "Gemma3ForCausalLM": "jllm.models.gemma:gemma3",
+    "GraniteForCausalLM": "jllm.models.granite:make",
+    "InternLM2ForCausalLM": "jllm.models.internlm2:make",
+    "InternLM3ForCausalLM": "jllm.models.internlm3:make",
+    "LlamaForCausalLM": "jllm.models.llama:make",
+    "MistralForCausalLM": "jllm.models.mistral:make",
+    "Olmo2ForCausalLM": "jllm.models.olmo:olmo2",
+    "Olmo3ForCausalLM": "jllm.models.olmo:olmo3",
+    "Phi3ForCausalLM": "jllm.models.phi3:make",
+    "PhiForCausalLM": "jllm.models.phi:make",
+    "Qwen2ForCausalLM": "jllm.models.qwen2:make",
+    "Qwen3ForCausalLM": "jllm.models.qwen3:make",
+    "SmolLM3ForCausalLM": "jllm.models.smollm3:make",
+    "StableLmForCausalLM": "jllm.models.stablelm:make",
+    "Starcoder2ForCausalLM": "jllm.models.starcoder2:make",
 }
-"""Name in config.json to the module with the function `make(config, options)`."""
+"""Name in config.json to the module and its function of `(config, options)`."""
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
@@ -41,5 +60,6 @@ def build_model(config: Mapping[str, Any], options: ModelOptions) -> Model:
         UnsupportedModelError: Unknown architecture, or a value it cannot have.
         ConfigError: The options do not fit the model's shape.
     """
-    module = importlib.import_module(ARCHITECTURES[architecture_of(config)])
-    return module.make(config, options)
+    module, _, function = ARCHITECTURES[architecture_of(config)].partition(":")
+    make = getattr(importlib.import_module(module), function)
+    return make(config, options)

@@ -5,8 +5,7 @@ that the host needs at most one parameter more than the arrays themselves.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +21,20 @@ from jllm.weights.formats import checkpoint_tensors
 from jllm.weights.host_memory import HostMemory
 from jllm.weights.hub import CheckpointFiles
 from jllm.weights.lazy import CheckpointTensor
+from jllm.weights.parts import fitted_shape, part_view
 
-NEVER_USED = ("rotary_emb.inv_freq",)
-"""Tensors that old checkpoints hold, but that follow from config.json."""
+NEVER_USED = (
+    "rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
+"""Tensors that old checkpoints hold, but that follow from config.json: frequencies and
+the causal mask."""
+
+BASE_PREFIXES = ("model.", "transformer.", "gpt_neox.")
+"""What names begin with, except in a checkpoint saved without the output head."""
 
 Bounds = tuple[tuple[int, int], ...]
 """First place and place after the last, of each dimension."""
@@ -36,19 +46,28 @@ class Section:
 
     Attributes:
         tensor: The tensor.
-        shape: Its shape, made to fit the parameter's dimensions.
+        part: What of the tensor is taken.
+        shape: Shape of that, made to fit the parameter's dimensions.
         start: Its first place along the parameter's `concat_axis`.
-        repeat: How often each of its slices along the first axis is written.
     """
 
     tensor: CheckpointTensor
+    part: Part
     shape: tuple[int, ...]
     start: int
-    repeat: int
+
+    @property
+    def repeat(self) -> int:
+        """How often each of its slices along the first axis is written."""
+        return self.part.repeat
 
     def length(self, axis: int) -> int:
         """Places it takes along a dimension of the parameter."""
         return self.shape[axis] * (self.repeat if axis == 0 else 1)
+
+    def view(self, stored: np.ndarray) -> np.ndarray:
+        """The share of an array of the tensor's shape; see `part_view`."""
+        return part_view(self.part, self.shape, stored)
 
 
 def load_weights(
@@ -133,17 +152,17 @@ def lay_out(
     sections: list[Section] = []
     start, axis = 0, spec.concat_axis
     for part in spec.parts:
-        if part.name not in tensors:
+        tensor = _named(part.name, tensors)
+        if tensor is None:
             raise CheckpointError(
                 f"tensor {part.name!r} is missing from the checkpoint; parameter "
                 f"{name} of shape {spec.shape} needs it"
             )
-        tensor = tensors[part.name]
         tensor.check_readable()
-        shape = _fitted_shape(spec, part, tensor.shape)
+        shape = fitted_shape(spec, part, tensor.shape)
         if shape is None:
             raise _misshapen(name, spec, [part], [tensor])
-        section = Section(tensor, shape, start, part.repeat)
+        section = Section(tensor, part, shape, start)
         sections.append(section)
         start += section.length(axis)
     room = spec.shape[axis] - start
@@ -190,15 +209,16 @@ def _fill(buffer: np.ndarray, bounds: Bounds, section: Section, axis: int) -> No
         return
     wanted = [slice(*pair) for pair in bounds]
     wanted[axis] = slice(first - section.start, last - section.start)
-    source = section.tensor.map().reshape(section.shape)
+    source = section.view(section.tensor.map())
     target = np.moveaxis(buffer, axis, 0)[first - low : last - low]
     target = np.moveaxis(target, 0, axis)
-    if section.repeat == 1:
-        target[...] = source[tuple(wanted)]
+    if section.repeat == source.shape[1] == 1:
+        target[...] = source[(wanted[0], 0, *wanted[1:])]
         return
     # Few rows: the first axis is that of the KV heads.
     for place, row in enumerate(range(wanted[0].start, wanted[0].stop)):
-        target[place] = source[(row // section.repeat, *wanted[1:])]
+        places = divmod(row // section.repeat, source.shape[1])
+        target[place] = source[(*places, *wanted[1:])]
 
 
 def _load_parameter(
@@ -234,40 +254,14 @@ def _lay_out_tree(
     return jax.tree_util.tree_map_with_path(one, specs)
 
 
-def _fitted_shape(
-    spec: ParamSpec, part: Part, stored: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """The tensor's shape in the parameter's dimensions, None if it has none.
-
-    The dimension of concatenation follows from the number of elements. Only splitting
-    a dimension of the tensor, or adding one of size 1, is a fit: a transposed tensor
-    has the right number of elements too.
-    """
-    if part.shape is not None and part.shape != stored:
-        return None
-    axis, shape = spec.concat_axis, list(spec.shape)
-    if axis != 0:
-        if shape[0] % part.repeat:
-            return None
-        shape[0] //= part.repeat
-    others = math.prod(shape[:axis] + shape[axis + 1 :])
-    if not others or math.prod(stored) % others:
-        return None
-    shape[axis] = math.prod(stored) // others
-    return tuple(shape) if _merges_into(shape, stored) else None
-
-
-def _merges_into(shape: list[int], stored: tuple[int, ...]) -> bool:
-    """Whether products of neighbouring dimensions of `shape` are those of `stored`."""
-    dims: Iterator[int] = iter(shape)
-    for size in stored:
-        product = 1
-        while product != size:
-            step = next(dims, None)
-            if step is None or product > size:
-                return False
-            product *= step
-    return all(rest == 1 for rest in dims)
+def _named(
+    name: str, tensors: Mapping[str, CheckpointTensor]
+) -> CheckpointTensor | None:
+    """The tensor of that name, or without the prefix of the network's body."""
+    for prefix in BASE_PREFIXES:
+        if name not in tensors and name.startswith(prefix):
+            return tensors.get(name.removeprefix(prefix))
+    return tensors.get(name)
 
 
 def _misshapen(

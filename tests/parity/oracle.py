@@ -8,6 +8,7 @@ import tempfile
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jllm.config import EngineConfig
 from jllm.engine.create import create_engine
@@ -17,9 +18,28 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 FAMILIES = {
+    "cohere": (transformers.CohereConfig, transformers.CohereForCausalLM),
+    "cohere2": (transformers.Cohere2Config, transformers.Cohere2ForCausalLM),
+    "falcon": (transformers.FalconConfig, transformers.FalconForCausalLM),
+    "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+    "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+    "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),
+    "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
+    "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
+    "phi": (transformers.PhiConfig, transformers.PhiForCausalLM),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
+    "stablelm": (transformers.StableLmConfig, transformers.StableLmForCausalLM),
+    "starcoder2": (transformers.Starcoder2Config, transformers.Starcoder2ForCausalLM),
 }
+WHOLE = ("llama", "qwen3")
+"""Families whose every path is tested; the others share the code of these."""
 ODD = {
     "hidden_size": 96,
     "intermediate_size": 136,
@@ -73,8 +93,12 @@ class Checkpoint:
 
 
 def checkpoint(family, *, dtype="float32", shard_size="1GB", **sizes):
-    """A random checkpoint; every test that asks for the same one shares it."""
-    return _checkpoint(family, dtype, shard_size, json.dumps(ODD | sizes))
+    """A random checkpoint; every test that asks for the same one shares it.
+
+    Sizes are those of ODD but for what is given; None leaves one out.
+    """
+    sizes = {k: v for k, v in (ODD | sizes).items() if v is not None}
+    return _checkpoint(family, dtype, shard_size, json.dumps(sizes))
 
 
 @functools.cache
@@ -85,6 +109,22 @@ def _checkpoint(family, dtype, shard_size, sizes):
     folder = pathlib.Path(tempfile.mkdtemp(prefix="jllm-parity-"))
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
     return load(folder, model_class)
+
+
+def rewritten(saved, config, rewrite):
+    """The same weights under another architecture, that transformers does not have.
+
+    Args:
+        saved: A checkpoint.
+        config: What its config.json has in addition.
+        rewrite: Tensors by their names to those of the other architecture.
+    """
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="jllm-parity-"))
+    values = json.loads((saved.folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | config))
+    tensors = rewrite(load_file(saved.folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return Checkpoint(folder, saved.model)
 
 
 def load(folder, model_class):
@@ -111,10 +151,11 @@ def fill(model):
     with torch.no_grad():
         for name, values in model.named_parameters():
             noise = torch.randn(values.shape, generator=generator)
-            if values.ndim == 2:
-                values.copy_(noise / values.shape[1] ** 0.5)
-            elif "norm" in name:
+            is_norm = "norm" in name or "ln_" in name
+            if is_norm and name.endswith("weight"):
                 values.copy_(1 + 0.2 * noise)
+            elif values.ndim == 2:
+                values.copy_(noise / values.shape[1] ** 0.5)
             else:
                 values.copy_(0.2 * noise)
 

@@ -7,9 +7,9 @@ import pytest
 
 from tests.engines import request
 from tests.parity.oracle import (
-    FAMILIES,
     TOLERANCE,
     VOCAB,
+    WHOLE,
     check_entry,
     checkpoint,
     engine_for,
@@ -26,7 +26,7 @@ def shared_engine(family):
     return engine_for(checkpoint(family).folder, max_logprobs=-1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE)
 def test_greedy_tokens_for_64_steps(family):
     """Prompts of one token, of one chunk and of several, in one batch."""
     saved = checkpoint(family)
@@ -41,7 +41,7 @@ def test_greedy_tokens_for_64_steps(family):
         assert tokens[(str(i), 0)] == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE)
 @pytest.mark.parametrize("shared_tokens", [64, 70])
 def test_scores_after_a_prefix_hit(family, shared_tokens):
     """Of the whole vocabulary, for a prompt that ends within a cached block and not."""
@@ -59,7 +59,7 @@ def test_scores_after_a_prefix_hit(family, shared_tokens):
         check_entry(entry, row, count=VOCAB)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_16_bit_checkpoint_computed_in_float32(family, dtype):
     saved = checkpoint(family, dtype=dtype)
@@ -70,7 +70,7 @@ def test_a_16_bit_checkpoint_computed_in_float32(family, dtype):
     assert tokens[("a", 0)] == saved.greedy(prompt, 64)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE)
 @pytest.mark.parametrize(("dtype", "atol"), [("bfloat16", 0.15), ("float16", 0.02)])
 def test_a_16_bit_checkpoint_as_saved(family, dtype, atol):
     """Every token has the probability that torch gives it, within the type's error."""

@@ -1,4 +1,6 @@
+import dataclasses
 import io
+import pathlib
 import sys
 
 import jax
@@ -332,3 +334,98 @@ def test_real_checkpoint(shared_data):
     assert np.array_equal(
         weights["gate_up"][1], arrays["model.layers.4.mlp.up_proj.weight"]
     )
+
+
+GROUP = (H // K + 2) * D
+
+
+def fused_arrays(arrays):
+    """The projections as other families' checkpoints have them."""
+    stacked = np.concatenate([arrays[name] for name in "qkv"])
+    by_group = [arrays[name].reshape(K, -1, E) for name in "qkv"]
+    return {
+        "stacked": stacked,
+        "inputs_first": np.ascontiguousarray(stacked.T),
+        "grouped": np.concatenate(by_group, axis=1).reshape(K * GROUP, E),
+    }
+
+
+def fused_parts(name, copies):
+    """Its queries, keys and values."""
+    groups = K if name == "grouped" else 1
+    sizes = [size // groups for size in (H * D, K * D, K * D)]
+    ends = np.cumsum([0, *sizes]).tolist()
+    shape = (E, K * GROUP) if name == "inputs_first" else (K * GROUP, E)
+    return tuple(
+        Part(
+            name,
+            repeat=repeat,
+            shape=shape,
+            transposed=name == "inputs_first",
+            groups=groups,
+            rows=(ends[i], ends[i + 1]),
+        )
+        for i, repeat in enumerate((1, copies, copies))
+    )
+
+
+def fused_spec(name, tensor):
+    heads = max(K, tensor)
+    shape = (heads, (H // heads + 2) * D, E)
+    axes = ("kv_heads", None, None)
+    return ParamSpec(shape, axes, fused_parts(name, heads // K), concat_axis=1)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["stacked", "inputs_first", "grouped"])
+def test_a_tensor_that_holds_queries_keys_and_values(tmp_path, name, tensor):
+    arrays = make_arrays()
+    files = save(tmp_path, {name: fused_arrays(arrays)[name]})
+    loaded = load(files, tensor, specs={"qkv": fused_spec(name, tensor)})
+    expected = expected_weights(arrays, tensor)["layers"][0]["qkv"]
+    np.testing.assert_array_equal(loaded["qkv"], expected)
+    shares = [shard.data.shape[0] for shard in loaded["qkv"].addressable_shards]
+    assert shares == [max(K, tensor) // tensor] * tensor
+
+
+@pytest.mark.parametrize("name", ["stacked", "inputs_first", "grouped"])
+def test_shares_of_a_tensor_are_views(name):
+    """So that only what a device needs of them is read from the file."""
+    stored = fused_arrays(make_arrays())[name]
+    for tensor in (1, 8):
+        file = pathlib.Path("unread")
+        tensors = {
+            name: StoredTensor(name, file, "F32", stored.shape, 0, stored.nbytes)
+        }
+        for section in loader.lay_out("qkv", fused_spec(name, tensor), tensors):
+            assert np.shares_memory(section.view(stored), stored)
+
+
+@pytest.mark.parametrize("change", [{"rows": (0, 99)}, {"groups": 5}, {"groups": 3}])
+def test_shares_beyond_the_tensor_are_refused(tmp_path, change):
+    arrays = fused_arrays(make_arrays())
+    files = save(tmp_path, {"grouped": arrays["grouped"]})
+    spec = fused_spec("grouped", 1)
+    parts = (dataclasses.replace(spec.parts[0], **change), *spec.parts[1:])
+    specs = {"qkv": dataclasses.replace(spec, parts=parts)}
+    with pytest.raises(CheckpointError, match="'grouped' has shape"):
+        load(files, specs=specs)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "model.", "gpt_neox."])
+def test_a_checkpoint_without_the_prefix_of_the_body(tmp_path, prefix):
+    arrays = {"h.0.weight": np.ones((3, 4), np.float32)}
+    part = Part(f"{prefix}h.0.weight", shape=(3, 4))
+    specs = {"weight": ParamSpec((3, 4), (None, None), (part,))}
+    files = save(tmp_path, arrays)
+    np.testing.assert_array_equal(load(files, specs=specs)["weight"], 1)
+    other = dataclasses.replace(part, name="body.h.0.weight")
+    specs = {"weight": ParamSpec((3, 4), (None, None), (other,))}
+    with pytest.raises(CheckpointError, match=r"'body\.h\.0\.weight' is missing"):
+        load(files, specs=specs)
+
+
+@pytest.mark.parametrize("name", ["h.0.attn.bias", "layers.0.attention.masked_bias"])
+def test_causal_masks_in_old_checkpoints_are_left(tmp_path, name):
+    arrays = make_arrays() | {name: np.ones((1, 1, 4, 4), np.float32)}
+    load(save(tmp_path, arrays))
