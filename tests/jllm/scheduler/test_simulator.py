@@ -59,8 +59,8 @@ def test_colliding_digests_cost_hits_but_no_tokens(monkeypatch):
 
 
 def test_a_failing_seed_is_named(monkeypatch):
-    monkeypatch.setattr(simulator, "sample", lambda seed, entries: len(entries) % 2)
-    monkeypatch.setattr(simulator, "tokens_alone", lambda request, seed: [])
+    monkeypatch.setattr(simulator, "sample", lambda seed, entries, _: len(entries) % 2)
+    monkeypatch.setattr(simulator, "tokens_alone", lambda request, seed, _: [])
     with pytest.raises(AssertionError) as failure:
         simulator.run_seeds(3, 1)
     assert "--seed 3" in failure.value.__notes__[0]
