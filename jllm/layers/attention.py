@@ -40,12 +40,14 @@ class AttentionOptions:
         implementation: Kernel to use; a forced one never falls back.
         target: Device that the kernels are made for, None for the default one.
         mesh: Devices that share the heads, None for a single one.
+        window: Newest positions that a token sees, itself included; None for all.
     """
 
     scale: float
     implementation: Implementation
     target: Target | None
     mesh: Mesh | None
+    window: int | None = None
 
     @property
     def write_implementation(self) -> Implementation:
@@ -121,7 +123,8 @@ def _write_and_attend(
     *,
     options: AttentionOptions,
 ) -> tuple[Array, Array]:
-    scores, head_dim = ScoreOptions(options.scale), heads.q.shape[-1]
+    scores = ScoreOptions(options.scale, window=options.window)
+    head_dim = heads.q.shape[-1]
     tables, lengths = batch.block_tables, batch.lengths
     if batch.is_decode and options.stores_while_attending:
         tokens = NewTokens(*rotate_and_widen(heads, rotation, norms, kv.shape[-1]))

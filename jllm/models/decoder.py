@@ -30,7 +30,14 @@ from jllm.layers.linear import linear
 from jllm.layers.mlp import gated_mlp
 from jllm.layers.norm import rms_norm
 from jllm.layers.rope import Rotation, rope_frequencies, rotation_of
-from jllm.models.base import Batch, KVCache, ModelOptions, Weights
+from jllm.models.base import (
+    Batch,
+    CacheGroup,
+    KVCache,
+    ModelOptions,
+    Weights,
+    group_layers,
+)
 from jllm.models.decoder_config import DecoderConfig
 from jllm.models.decoder_specs import decoder_specs
 
@@ -74,6 +81,16 @@ class Decoder:
     def num_layers(self) -> int:
         """Number of leaves of the KV cache."""
         return self.config.num_layers
+
+    @cached_property
+    def cache_groups(self) -> tuple[CacheGroup, ...]:
+        """Which leaves are kept for how long."""
+        return group_layers(self.windows)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Newest positions that each layer's queries see; None for all of a context."""
+        return (None,) * self.config.num_layers
 
     @property
     def padded_vocab_size(self) -> int:
@@ -137,8 +154,14 @@ class Decoder:
         hidden = embed(weights["embed"], batch.tokens)
         rotation = rotation_of(batch.positions, *self._rope)
         pools: list[Array] = []
+        group_of = {
+            layer: index
+            for index, group in enumerate(self.cache_groups)
+            for layer in group.layers
+        }
         for layer, pool in enumerate(kv):
-            hidden, pool = self._layer(layer, weights, hidden, pool, batch, rotation)
+            own = batch.of_group(group_of[layer])
+            hidden, pool = self._layer(layer, weights, hidden, pool, own, rotation)
             pools.append(pool)
         return self._norm(weights, -1, hidden), tuple(pools)
 
@@ -167,7 +190,9 @@ class Decoder:
                 self._head_norms(weights, layer),
                 pool,
                 batch,
-                self._attention_options,
+                dataclasses.replace(
+                    self._attention_options, window=self.windows[layer]
+                ),
             )
             flat = attended.reshape(attended.shape[0], -1)
             out = linear(flat, own["out"], own.get("out_bias"))

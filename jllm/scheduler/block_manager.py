@@ -102,7 +102,7 @@ class BlockManager:
         return -1
 
     def find(self, prefixes: Sequence[Prefix], first: int, end: int) -> list[int]:
-        """The blocks up to `end`; the caller knows that those from `first` are there."""
+        """The blocks up to `end`; those from `first` are known to be there."""
         blocks = [NO_BLOCK] * first
         for index in range(first, end):
             found = self.cache.find(prefixes[index + 1])
@@ -125,7 +125,9 @@ class BlockManager:
         taken = self.pool.num_evictable(held)
         return max(0, wanted) + taken + spare <= self.num_available
 
-    def start(self, table: BlockTable, shared: Sequence[int], source: int | None) -> None:
+    def start(
+        self, table: BlockTable, shared: Sequence[int], source: int | None
+    ) -> None:
         """Puts the shared blocks into an empty table.
 
         The source of a copy is held until `end_step`.

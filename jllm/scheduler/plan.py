@@ -115,7 +115,9 @@ class DecodeRows:
                     samples=True,
                     first_block=first,
                     new_blocks=(block,) if has_block else (),
-                    window_blocks=tuple((each,) if has_block else () for each in others),
+                    window_blocks=tuple(
+                        (each,) if has_block else () for each in others
+                    ),
                 )
             )
         return found

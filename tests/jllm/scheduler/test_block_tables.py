@@ -128,7 +128,9 @@ def test_integrity_check_sees_a_wrong_reservation(tables):
 
 def windowed(window=6, num_blocks=8, **changes):
     """Blocks of 4 tokens; a token of 6 sees two or three of them."""
-    return make(num_blocks=32, window_pools=(WindowPool(window, num_blocks),), **changes)
+    return make(
+        num_blocks=32, window_pools=(WindowPool(window, num_blocks),), **changes
+    )
 
 
 def prepared(tables, number, prompt):
@@ -194,9 +196,7 @@ def test_a_prefix_is_lost_with_the_blocks_of_its_windows():
 
 def test_the_shortest_window_that_is_missing_decides():
     """Two groups that hold different parts: the longest start that both can serve."""
-    tables = make(
-        num_blocks=32, window_pools=(WindowPool(4, 16), WindowPool(8, 16))
-    )
+    tables = make(num_blocks=32, window_pools=(WindowPool(4, 16), WindowPool(8, 16)))
     one = prepared(tables, 0, range(24))
     compute(tables, one, 24)
     prefixes, blocks = list(one.prefixes), [list(t.blocks) for t in one.tables]
