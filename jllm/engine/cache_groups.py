@@ -77,7 +77,9 @@ def window_tables(
     sizes = layout.window_pool_blocks
     for group, table, size in zip(groups[1:], state.window_tables, sizes, strict=True):
         assert group.window is not None
-        first = jnp.maximum(starts - (group.window - 1), 0) // block_size
+        # As the scheduler does: a block at least, so that the first one is full.
+        window = max(group.window, block_size)
+        first = jnp.maximum(starts - (window - 1), 0) // block_size
         columns = jnp.arange(table.shape[1], dtype=jnp.int32)[None, :]
         seen = jnp.maximum(columns, first[:, None].astype(jnp.int32))
         blocks = table.at[owners, positions // block_size].get(mode="clip")

@@ -3,12 +3,15 @@
 import bisect
 import contextlib
 import dataclasses
+import math
 from pathlib import Path
 
+import jax.numpy as jnp
 import psutil
 from jax.sharding import Mesh
 
 from jllm.errors import ConfigError
+from jllm.models.base import Model
 
 CACHED_SHARE = 8
 """Of so many blocks of the whole context, one block of each window is for prefixes."""
@@ -88,6 +91,18 @@ class MemoryBudget:
                 f"pool has {num_blocks}"
             )
         return self.num_blocks
+
+
+def group_block_bytes(model: Model, block_size: int) -> tuple[int, ...]:
+    """Bytes of one block of each cache group on one device.
+
+    That of the first group has a place in the token history beside the pools.
+    """
+    elements = math.prod(model.kv_shape(1, block_size))
+    itemsize = jnp.dtype(model.kv_dtype).itemsize
+    layer = elements * itemsize // model.options.tensor_size
+    full, *others = (layer * len(group.layers) for group in model.cache_groups)
+    return (full + 4 * block_size, *others)
 
 
 class PoolSizes:

@@ -17,7 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jllm.config import EngineConfig, WindowPool
 from jllm.engine.builder import ProgramBuilder
 from jllm.engine.executables import ExecutableStore, fingerprint
-from jllm.engine.memory import MemoryBudget, PoolSizes, WindowShare
+from jllm.engine.memory import (
+    MemoryBudget,
+    PoolSizes,
+    WindowShare,
+    group_block_bytes,
+)
 from jllm.engine.options import Resolved
 from jllm.engine.programs import ProgramOptions, Programs, sampler_bytes
 from jllm.models.base import Model, ParamSpec, Weights
@@ -92,7 +97,7 @@ class StartPlan:
             utilization=resolved.utilization,
             weights=_bytes_per_device(self.weights()),
             temporaries=temporaries,
-            block=_block_bytes(self.model, resolved.block_size),
+            block=group_block_bytes(self.model, resolved.block_size)[0],
             most_useful_blocks=config.num_blocks or useful,
             windows=window_shares(resolved, self.model),
         )
@@ -269,10 +274,13 @@ def program_options(
 
 def window_shares(resolved: Resolved, model: Model) -> tuple[WindowShare, ...]:
     """What each cache group with a window needs of the memory."""
-    size, layer = resolved.block_size, _layer_block_bytes(model, resolved.block_size)
+    size, block_bytes = (
+        resolved.block_size,
+        group_block_bytes(model, resolved.block_size),
+    )
     blocks_per_row = -(-resolved.max_model_len // size)
     shares: list[WindowShare] = []
-    for group in model.cache_groups:
+    for group, num_bytes in zip(model.cache_groups, block_bytes, strict=True):
         if group.window is None:
             continue
         # Two steps may be under way. Beside them each row has its window, a block for
@@ -282,7 +290,7 @@ def window_shares(resolved: Resolved, model: Model) -> tuple[WindowShare, ...]:
         shares.append(
             WindowShare(
                 window=group.window,
-                block=layer * len(group.layers),
+                block=num_bytes,
                 held=resolved.max_num_seqs * per_row + under_way,
             )
         )
@@ -301,15 +309,3 @@ def _bytes_per_device(tree: object) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _block_bytes(model: Model, block_size: int) -> int:
-    """One block of the layers that keep the whole context, and of the token history."""
-    layers = model.cache_groups[0].layers
-    return _layer_block_bytes(model, block_size) * len(layers) + 4 * block_size
-
-
-def _layer_block_bytes(model: Model, block_size: int) -> int:
-    """One block of one layer on one device."""
-    elements = math.prod(model.kv_shape(1, block_size))
-    return elements * jnp.dtype(model.kv_dtype).itemsize // model.options.tensor_size

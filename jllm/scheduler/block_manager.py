@@ -57,7 +57,9 @@ class BlockManager:
         tokens_under_way: int = 0,
     ) -> None:
         """Starts with an empty pool."""
-        self._block_size, self._window = block_size, window
+        self._block_size = block_size
+        # The first block that is kept is full of tokens, whatever the window.
+        self._window = None if window is None else max(window, block_size)
         self._tokens_under_way = tokens_under_way
         self._num_reserved = 0
         self._copied: list[int] = []

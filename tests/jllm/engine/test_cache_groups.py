@@ -1,4 +1,4 @@
-"""Layers with a window: the same tokens, and blocks that go back while a request runs."""
+"""Layers with a window: the same tokens, and blocks go back while a request runs."""
 
 import dataclasses
 

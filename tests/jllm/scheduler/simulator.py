@@ -228,7 +228,7 @@ class Simulation:
                             -(-longest // block_size),
                             most_in_window(window, token_budget, block_size),
                         )
-                        * rng.uniform(1, 3)
+                        * rng.choice([1, 1.4, 3])
                     ),
                 )
                 for window in windows
@@ -378,6 +378,7 @@ class Simulation:
         check_progress(self, plan)
         check_blocks(self)
         check_windows(self)
+        check_reservations(self)
         check_states(self)
 
     def _commit(self, plan, results):
@@ -399,7 +400,7 @@ class Simulation:
 
 def most_in_window(window, token_budget, block_size):
     """Most blocks of a sequence in a group: two steps may be under way."""
-    return -(-(window + 2 * token_budget) // block_size) + 2
+    return -(-(max(window, block_size) + 2 * token_budget) // block_size) + 2
 
 
 def can_start(scheduler, request):
@@ -451,9 +452,21 @@ def check_windows(run):
             # block is full.
             if not run.overlap and request.status is RequestStatus.RUNNING:
                 position = run.scheduler.num_computed_tokens(request)
-                needed = max(0, position - pool.window + 1) // size
+                needed = max(0, position - max(pool.window, size) + 1) // size
                 assert NO_BLOCK not in table[needed:]
                 assert set(table[: max(0, needed - 1)]) <= {NO_BLOCK}
+
+
+def check_reservations(run):
+    """1c: who has blocks reserved has all that it can ever need, in every group."""
+    for request in run.open.values():
+        length = -(-request.max_length // run.config.block_size)
+        for group, table in zip(
+            run.scheduler._tables.groups, request.tables, strict=True
+        ):
+            if table.is_reserving:
+                held = len(table.blocks) - table.blocks.count(NO_BLOCK)
+                assert held + table.num_reserved == group.most_held(length)
 
 
 def check_budget(run, plan):
