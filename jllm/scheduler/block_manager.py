@@ -176,6 +176,7 @@ class BlockManager:
         """Lets others find the first blocks of a table, which are full."""
         if table.is_reserving and self._window is not None:
             return
+        # Runs for every block that is filled: one turn, mostly.
         for index in range(table.num_recorded, num_full):
             self.cache.insert(table.blocks[index], prefixes[index + 1])
         table.num_recorded = num_full

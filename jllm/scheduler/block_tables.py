@@ -204,14 +204,21 @@ class BlockTables:
             The new blocks of group 0, and each other group has as many; None, and
             nothing is changed, if there are too few.
         """
-        tables = request.tables
-        count = self.num_blocks_for(num_tokens) - len(tables[0].blocks)
-        for group, table in zip(self._groups, tables, strict=True):
-            if group.lacks(table, count):
-                return None
-        for group, table in zip(self._windows, tables[1:], strict=True):
+        first = request.tables[0]
+        count = -(-num_tokens // self._block_size) - len(first.blocks)
+        if self._full.lacks(first, count):
+            return None
+        if self._windows and not self._grow_windows(request, count):
+            return None
+        return tuple(self._full.take(first, count))
+
+    def _grow_windows(self, request: Request, count: int) -> bool:
+        groups = tuple(zip(self._windows, request.tables[1:], strict=True))
+        if any(group.lacks(table, count) for group, table in groups):
+            return False
+        for group, table in groups:
             group.take(table, count)
-        return tuple(self._full.take(tables[0], count))
+        return True
 
     def release(self, request: Request) -> None:
         """Takes back all blocks of a sequence, and what was reserved for it."""
@@ -224,12 +231,17 @@ class BlockTables:
         Others can find the full blocks among them, and those that no later token sees
         go back to the pool.
         """
-        full = num_tokens // self._block_size
-        if self._caching and full > request.tables[0].num_recorded:
+        first, num_full = request.tables[0], num_tokens // self._block_size
+        if self._caching and num_full > first.num_recorded:
             self._extend_prefixes(request, num_tokens)
-            for group, table in zip(self._groups, request.tables, strict=True):
-                group.record(table, request.prefixes, full)
+            self._full.record(first, request.prefixes, num_full)
+        if self._windows:
+            self._commit_windows(request, num_tokens)
+
+    def _commit_windows(self, request: Request, num_tokens: int) -> None:
+        num_full = request.tables[0].num_recorded
         for group, table in zip(self._windows, request.tables[1:], strict=True):
+            group.record(table, request.prefixes, num_full)
             group.pass_by(table, num_tokens)
 
     def _extend_prefixes(self, request: Request, num_tokens: int) -> None:

@@ -94,8 +94,9 @@ class DecodingSequences:
         index = self._places[request.row]
         self._matrix[Line.ROOM, index] += self._block_size
         self._matrix[Line.NEW_BLOCK, index] = block
-        for line, table in enumerate(request.tables[1:], len(Line)):
-            self._matrix[line, index] = table.blocks[-1]
+        if self._num_windows:
+            others = [table.blocks[-1] for table in request.tables[1:]]
+            self._matrix[len(Line) :, index] = others
 
     def num_pending(self, request: Request) -> int:
         """Tokens of a sequence that steps under way sample."""

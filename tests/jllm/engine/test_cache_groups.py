@@ -114,6 +114,10 @@ def test_in_a_batch_and_with_prefix_hits(expected):
         window.num_blocks,
         full.num_blocks,
     ]
+    stats, state = engine.stats(), engine.state
+    assert stats.kv_bytes_used == 0
+    pools = [*state.kv, state.block_tokens]
+    assert stats.kv_bytes == sum(leaf.nbytes for leaf in pools)
     assert run(engine, workload()) == expected
     engine.scheduler.check_integrity()
     hits = engine.scheduler.num_prefix_hits
