@@ -172,6 +172,16 @@ class SchedulerConfig:
     max_preemptions: int = 8
     window_pools: tuple[WindowPool, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a limit below 1."""
+        limits = {name: getattr(self, name) for name in self.__slots__}
+        del limits["max_preemptions"], limits["enable_prefix_caching"]
+        for pool in limits.pop("window_pools"):
+            limits |= {"window": pool.window, "num_blocks of a window": pool.num_blocks}
+        for name, value in limits.items():
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+
 
 def make_config(model: Any, options: Mapping[str, Any]) -> EngineConfig:
     """Makes the options from keywords as users write them.

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from jllm.config import SchedulerConfig
+from jllm.errors import ContextTooLongError
 from jllm.scheduler.block_manager import BlockManager, BlockTable
 from jllm.scheduler.plan import NO_BLOCK
 from jllm.scheduler.prefix_cache import empty_prefix, longer_prefix
@@ -69,6 +70,19 @@ class BlockTables:
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
         return -(-num_tokens // self._block_size)
+
+    def require_room(self, request: Request) -> None:
+        """Raises ContextTooLongError if a pool could never hold a sequence."""
+        needed = self.num_blocks_for(request.max_length)
+        for group in self._groups:
+            held, num_blocks = group.most_held(needed), group.pool.num_blocks
+            if held > num_blocks:
+                raise ContextTooLongError(
+                    f"a prompt of {request.num_prompt_tokens} tokens and max_tokens="
+                    f"{request.max_tokens} need {held} KV blocks of {self._block_size} "
+                    f"tokens{group.label}, but the pool has {num_blocks}",
+                    parameter="max_tokens",
+                )
 
     def prepare(self, request: Request) -> None:
         """Gives a new sequence an empty table per group; it was made with one."""

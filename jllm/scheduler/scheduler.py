@@ -27,7 +27,7 @@ from collections.abc import Collection, Iterator, Sequence
 from operator import attrgetter
 
 from jllm.config import SchedulerConfig
-from jllm.errors import ConfigError, ContextTooLongError, InvalidRequestError
+from jllm.errors import ContextTooLongError, InvalidRequestError
 from jllm.scheduler.block_pool import BlockPool
 from jllm.scheduler.block_tables import BlockTables, Match
 from jllm.scheduler.decoding import DecodingSequences
@@ -45,12 +45,7 @@ class Scheduler:
     """Owns all sequences, the block pool and the prefix cache."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        """Starts idle; raises `ConfigError` for a limit below 1."""
-        for field in config.__slots__:
-            value = getattr(config, field)
-            is_limit = field not in ("max_preemptions", "window_pools")
-            if is_limit and value is not False and value < 1:
-                raise ConfigError(f"{field}={value} must be at least 1")
+        """Starts idle."""
         self._config = config
         self._tables = BlockTables(config)
         self._sequences = Sequences(config.max_num_seqs)
@@ -87,16 +82,7 @@ class Scheduler:
                 parameter="prompt",
             )
         request.max_tokens = min(request.max_tokens, config.max_model_len - length)
-        needed = self._tables.num_blocks_for(request.max_length)
-        for group in self._tables.groups:
-            held, num_blocks = group.most_held(needed), group.pool.num_blocks
-            if held > num_blocks:
-                raise ContextTooLongError(
-                    f"a prompt of {length} tokens and max_tokens={request.max_tokens} "
-                    f"need {held} KV blocks of {config.block_size} tokens{group.label},"
-                    f" but the pool has {num_blocks}",
-                    parameter="max_tokens",
-                )
+        self._tables.require_room(request)
 
     def abort(self, request_id: str) -> list[Request]:
         """Ends all sequences of a request; returns those that had not ended before."""
