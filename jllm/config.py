@@ -142,6 +142,14 @@ class WindowPool:
     window: int
     num_blocks: int
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a number below 1."""
+        if self.window < 1 or self.num_blocks < 1:
+            raise ConfigError(
+                f"window={self.window} and its num_blocks={self.num_blocks} must be "
+                f"at least 1"
+            )
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
@@ -175,9 +183,8 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError for a limit below 1."""
         limits = {name: getattr(self, name) for name in self.__slots__}
-        del limits["max_preemptions"], limits["enable_prefix_caching"]
-        for pool in limits.pop("window_pools"):
-            limits |= {"window": pool.window, "num_blocks of a window": pool.num_blocks}
+        for name in ("max_preemptions", "enable_prefix_caching", "window_pools"):
+            del limits[name]
         for name, value in limits.items():
             if value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
