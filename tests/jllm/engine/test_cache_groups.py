@@ -92,9 +92,11 @@ def spoil_free_blocks(engine):
     kv = list(engine._state.kv)
     groups = engine._parts.model.cache_groups
     for group, pool in zip(groups, engine.scheduler.pools, strict=True):
-        free = jnp.asarray(pool._free, jnp.int32)
+        # As long as the pool, so that one program does: the others are dropped.
+        free = np.full(pool.num_blocks, pool.num_blocks, np.int32)
+        free[: len(pool._free)] = pool._free
         for layer in group.layers:
-            kv[layer] = kv[layer].at[free].set(jnp.nan)
+            kv[layer] = kv[layer].at[free].set(jnp.nan, mode="drop")
     engine._state = dataclasses.replace(engine._state, kv=tuple(kv))
 
 
@@ -105,6 +107,7 @@ def test_the_window_matters(expected):
     assert tokens[("0", 0)] != expected[("0", 0)]
 
 
+@pytest.mark.slow
 def test_in_a_batch_and_with_prefix_hits(expected):
     engine = make(WindowedDecoder)
     assert len(engine.state.window_tables) == 1
@@ -128,9 +131,10 @@ def test_in_a_batch_and_with_prefix_hits(expected):
     engine.close()
 
 
+@pytest.mark.slow
 def test_alone_with_all_free_blocks_spoilt(expected):
     engine = make(WindowedDecoder, max_num_batched_tokens=16, max_num_seqs=2)
-    for item in workload():
+    for item in workload()[1::3]:
         outputs = []
         engine.add(item)
         while engine.has_unfinished:
@@ -142,11 +146,12 @@ def test_alone_with_all_free_blocks_spoilt(expected):
     engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         {"max_num_seqs": 4, "max_num_batched_tokens": 7},
-        {"num_blocks": 60, "max_model_len": 200},
+        {"num_blocks": 44, "max_model_len": 160},
     ],
     ids=["chunked", "preempted"],
 )
@@ -154,7 +159,7 @@ def test_with_other_options(expected, options):
     engine = make(WindowedDecoder, **options)
     assert run(engine, workload()) == expected
     if "num_blocks" in options:
-        assert engine.scheduler.num_preemptions > 2
+        assert engine.scheduler.num_preemptions > 0
     engine.scheduler.check_integrity()
     engine.close()
 
