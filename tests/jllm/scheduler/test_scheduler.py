@@ -576,13 +576,13 @@ def test_a_long_sequence_runs_in_a_small_window():
 
 def test_who_lacks_a_block_of_a_window_preempts_the_last():
     scheduler = make(
-        window_pools=(WindowPool(24, 12),),
+        window_pools=(WindowPool(24, 13),),
         num_blocks=64,
-        token_budget=4,
+        token_budget=32,
         max_num_seqs=2,
     )
-    scheduler.add(request(0, range(24), max_tokens=30))
-    scheduler.add(request(1, range(24, 48), max_tokens=30))
+    scheduler.add(request(0, range(24), max_tokens=20))
+    scheduler.add(request(1, range(24, 48), max_tokens=20))
     run(scheduler)
     assert scheduler.num_preemptions > 0
 
