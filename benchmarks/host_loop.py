@@ -54,6 +54,7 @@ from jllm.engine.programs import (
     describe_state,
 )
 from jllm.engine.steps import StepResult
+from jllm.models.base import group_layers
 from jllm.sampling.rules import RuleLayout
 from jllm.scheduler.scheduler import Scheduler
 from jllm.text.delivery import OpenRequest, OutputStream, OutputThread
@@ -118,6 +119,7 @@ def make_engine(num_rows, *, num_blocks=None, max_model_len=32768, overlap=True)
     place = NamedSharding(make_mesh(devices=jax.devices()[:1]), PartitionSpec())
     model = SimpleNamespace(
         num_layers=NUM_LAYERS,
+        cache_groups=group_layers((None,) * NUM_LAYERS),
         kv_dtype="float32",
         kv_shape=lambda blocks, size: (1, 1, 1, 1, 1),
         padded_vocab_size=VOCAB_SIZE,

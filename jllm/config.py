@@ -130,6 +130,27 @@ class EngineConfig:
             raise ConfigError(f"{field}={value!r} must be one of {names}")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class WindowPool:
+    """The pool of the layers that see the newest positions only.
+
+    Attributes:
+        window: Newest positions that a token sees, itself included.
+        num_blocks: Blocks in the pool.
+    """
+
+    window: int
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a number below 1."""
+        if self.window < 1 or self.num_blocks < 1:
+            raise ConfigError(
+                f"window={self.window} and its num_blocks={self.num_blocks} must be "
+                f"at least 1"
+            )
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """What the scheduler needs to know; all counts, no arrays.
@@ -138,13 +159,14 @@ class SchedulerConfig:
         max_num_seqs: Rows of the device table: most requests running at once.
         token_budget: Most tokens of one step.
         block_size: Tokens per KV block.
-        num_blocks: Blocks in the pool.
+        num_blocks: Blocks in the pool of the layers that see the whole context.
         max_model_len: Most tokens of one sequence, prompt and output.
         max_block_appends: Most table entries that one step can carry.
         max_block_copies: Most copy-on-write block copies of one step.
         enable_prefix_caching: Whether full blocks are shared by content.
         max_preemptions: Most preemptions of one sequence; a sequence that has reached
             it starts only when all blocks that it can need are reserved for it.
+        window_pools: The pools of the other layers, one for each window.
     """
 
     max_num_seqs: int
@@ -156,6 +178,16 @@ class SchedulerConfig:
     max_block_copies: int = 8
     enable_prefix_caching: bool = True
     max_preemptions: int = 8
+    window_pools: tuple[WindowPool, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a limit below 1."""
+        limits = {name: getattr(self, name) for name in self.__slots__}
+        for name in ("max_preemptions", "enable_prefix_caching", "window_pools"):
+            del limits[name]
+        for name, value in limits.items():
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
 
 
 def make_config(model: Any, options: Mapping[str, Any]) -> EngineConfig:

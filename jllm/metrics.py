@@ -80,7 +80,9 @@ class EngineStats:
     Attributes:
         num_running: Sequences in the steps.
         num_waiting: Sequences that wait for their turn.
-        block_states: `BlockState` of each KV block.
+        block_states: `BlockState` of each KV block that holds a whole context.
+        kv_bytes: Bytes of the KV blocks of all layers, on one device of each replica.
+        kv_bytes_used: Bytes of those that requests hold.
         num_prefix_queries: Prompt tokens looked for in the prefix cache.
         num_prefix_hits: Those found.
         num_preemptions: How often a sequence gave its blocks up.
@@ -92,6 +94,8 @@ class EngineStats:
     num_running: int = 0
     num_waiting: int = 0
     block_states: bytes = b""
+    kv_bytes: int = 0
+    kv_bytes_used: int = 0
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
     num_preemptions: int = 0

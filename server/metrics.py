@@ -273,6 +273,8 @@ class _EngineCollector:
                 stats.num_waiting + max(tokenizing, 0),
             ),
             ("kv_cache_usage_perc", "share of KV blocks in use, 0 to 1", share_used),
+            ("kv_cache_bytes", "memory of all KV blocks", stats.kv_bytes),
+            ("kv_cache_used_bytes", "memory of KV blocks in use", stats.kv_bytes_used),
         ):
             gauge = GaugeMetricFamily(f"{PREFIX}:{name}", text, labels=LABELS)
             gauge.add_metric(self._values, value)

@@ -166,6 +166,7 @@ def _assemble(plan: StartPlan, compiling: Compiling, weights: Weights) -> Engine
             max_block_appends=options.max_appends,
             max_block_copies=options.max_copies,
             enable_prefix_caching=config.enable_prefix_caching,
+            window_pools=options.window_pools,
         )
     )
     limits = Limits(

@@ -19,6 +19,7 @@ from jllm.engine.logprobs import (
     wants_prompt_logprobs,
     wants_sampler,
 )
+from jllm.engine.memory import group_block_bytes
 from jllm.engine.pooling import add_sums, claim_segments, pool_owners
 from jllm.engine.programs import ProgramOptions, Programs
 from jllm.engine.results import InFlight, step_outputs
@@ -198,10 +199,14 @@ class Engine:
     def stats(self) -> EngineStats:
         """What it is doing and has done; may be called from any thread."""
         scheduler, steps = self._scheduler, self.metrics.step_tokens
+        sizes = group_block_bytes(self._parts.model, self._parts.options.block_size)
+        pools = tuple(zip(scheduler.pools, sizes, strict=True))
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             block_states=scheduler.pool.states(),
+            kv_bytes=sum(pool.num_blocks * size for pool, size in pools),
+            kv_bytes_used=sum(pool.num_used * size for pool, size in pools),
             num_prefix_queries=scheduler.num_prefix_queries,
             num_prefix_hits=scheduler.num_prefix_hits,
             num_preemptions=scheduler.num_preemptions,

@@ -25,10 +25,12 @@ class DecodeInput(NamedTuple):
     Attributes:
         rows: Row of the table; ids past the table mark padding, all distinct.
         blocks: Block appended to the row's table in this step, or `NO_BLOCK`.
+        window_blocks: The same in each cache group with a window, if there are any.
     """
 
     rows: Int[Array, " S"]
     blocks: Int[Array, " S"]
+    window_blocks: Int[Array, "G S"] | None = None
 
 
 class PrefillInput(NamedTuple):
@@ -48,6 +50,9 @@ class PrefillInput(NamedTuple):
         blocks: Appended blocks of all rows.
         tokens: Tokens of all rows.
         tiles: A `TileTable` in one vector; None where the kernels read none.
+        window_sources: As `copy_sources`, in each cache group with a window.
+        window_targets: As `copy_targets`.
+        window_blocks: As `blocks`.
     """
 
     rows: Int[Array, " S"]
@@ -63,6 +68,9 @@ class PrefillInput(NamedTuple):
     blocks: Int[Array, " A"]
     tokens: Int[Array, " T"]
     tiles: Int[Array, " W"] | None = None
+    window_sources: Int[Array, "G C"] | None = None
+    window_targets: Int[Array, "G C"] | None = None
+    window_blocks: Int[Array, "G A"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +89,7 @@ class InputLayout:
         scored_rows: Numbers of rows, ascending, for which a prefill step can compute
             scores; it takes the smallest that holds the rows that sample, which come
             first. The last is `num_rows`.
+        window_pool_blocks: Blocks of the pool of each cache group with a window.
     """
 
     kind: Literal["prefill", "decode"]
@@ -92,13 +101,17 @@ class InputLayout:
     max_copies: int
     tiles: TileLayout | None
     scored_rows: tuple[int, ...]
+    window_pool_blocks: tuple[int, ...] = ()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each section of the vector, in order."""
         rows = (self.num_rows,)
+        num_windows = len(self.window_pool_blocks)
         if self.kind == "decode":
-            return {"rows": rows, "blocks": rows}
+            decode = {"rows": rows, "blocks": rows}
+            appended = {"window_blocks": (num_windows, self.num_rows)}
+            return decode | appended if num_windows else decode
         return {
             **dict.fromkeys(PrefillInput._fields[:7], rows),
             "fields": (self.num_rows, NUM_FIELDS),
@@ -107,6 +120,18 @@ class InputLayout:
             "blocks": (self.max_appends,),
             "tokens": (self.num_tokens,),
             **self._tile_shapes,
+            **self._window_shapes,
+        }
+
+    @property
+    def _window_shapes(self) -> dict[str, tuple[int, ...]]:
+        count = len(self.window_pool_blocks)
+        if not count:
+            return {}
+        return {
+            "window_sources": (count, self.max_copies),
+            "window_targets": (count, self.max_copies),
+            "window_blocks": (count, self.max_appends),
         }
 
     @property
@@ -126,6 +151,8 @@ class InputLayout:
         else:
             copies = np.arange(self.max_copies)
             sections["copy_targets"][:] = copies + self.num_pool_blocks
+            for group, num_blocks in enumerate(self.window_pool_blocks):
+                sections["window_targets"][group] = copies + num_blocks
         return vector
 
     @cached_property
@@ -164,6 +191,8 @@ def pack(
     sections["rows"][:count] = decoding.rows
     if layout.kind == "decode":
         sections["blocks"][:count] = decoding.new_blocks
+        if layout.window_pool_blocks:
+            sections["window_blocks"][:, :count] = decoding.window_blocks
         return vector
     _pack_decoding(decoding, sections)
     _pack_chunks(plan, sections, start_fields)
@@ -185,6 +214,9 @@ def _pack_decoding(decoding: DecodeRows, sections: dict[str, np.ndarray]) -> Non
     sections["first_block"][:count] = decoding.first_blocks
     sections["num_blocks"][:count] = has_block
     sections["blocks"][: len(new_blocks)] = new_blocks
+    if count and len(decoding.window_blocks):
+        appended = decoding.window_blocks[:, has_block]
+        sections["window_blocks"][:, : len(new_blocks)] = appended
 
 
 def _pack_chunks(
@@ -208,9 +240,14 @@ def _pack_chunks(
         sections["blocks"][block : block + len(row.new_blocks)] = row.new_blocks
         if row.starts:
             sections["fields"][i] = start_fields(row)
+        for group, blocks in enumerate(row.window_blocks):
+            sections["window_blocks"][group, block : block + len(blocks)] = blocks
         if row.copy is not None:
             sections["copy_sources"][copy] = row.copy.source
             sections["copy_targets"][copy] = row.copy.target
+            for group, each in enumerate(row.window_copies):
+                sections["window_sources"][group, copy] = each.source
+                sections["window_targets"][group, copy] = each.target
             copy += 1
         token += row.num_tokens
         block += len(row.new_blocks)

@@ -1,14 +1,43 @@
 """How many KV blocks fit: one formula over what the compiler and the device report."""
 
+import bisect
 import contextlib
 import dataclasses
 import math
 from pathlib import Path
 
+import jax.numpy as jnp
 import psutil
 from jax.sharding import Mesh
 
 from jllm.errors import ConfigError
+from jllm.models.base import Model
+
+CACHED_SHARE = 8
+"""Of so many blocks of the whole context, one block of each window is for prefixes."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WindowShare:
+    """What a cache group with a window takes of the memory.
+
+    Running sequences hold no more than their windows there; a found prefix needs one
+    window, however long it is. Hence it gets what all rows can hold, and beside that
+    a share of the size of the other pool.
+
+    Attributes:
+        window: Newest positions that a token sees.
+        block: Bytes of one block of all its layers.
+        held: Most blocks that running sequences use.
+    """
+
+    window: int
+    block: int
+    held: int
+
+    def num_blocks(self, num_full: int) -> int:
+        """Blocks beside so many that hold the whole context; no more than those."""
+        return min(num_full, self.held + num_full // CACHED_SHARE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -20,8 +49,10 @@ class MemoryBudget:
         utilization: Share of it that may be used.
         weights: Weights on this device.
         temporaries: Largest scratch memory of any program, and its results.
-        block: One block of all layers' pools, and of the token history.
+        block: One block of the pools of all layers that keep the whole context, and of
+            the token history.
         most_useful_blocks: Blocks beyond which none could be used.
+        windows: What the other layers take beside those blocks.
     """
 
     capacity: int
@@ -30,12 +61,19 @@ class MemoryBudget:
     temporaries: int
     block: int
     most_useful_blocks: int
+    windows: tuple[WindowShare, ...] = ()
+
+    def pool_bytes(self, num_blocks: int) -> int:
+        """Bytes of all pools, if so many blocks hold the whole context."""
+        others = (share.block * share.num_blocks(num_blocks) for share in self.windows)
+        return num_blocks * self.block + sum(others)
 
     @property
     def num_blocks(self) -> int:
         """Blocks that fit: what weights and temporaries leave of the share."""
         free = self.capacity * self.utilization - self.weights - self.temporaries
-        return max(0, min(math.floor(free / self.block), self.most_useful_blocks))
+        sizes = range(self.most_useful_blocks + 1)
+        return max(0, bisect.bisect_right(sizes, free, key=self.pool_bytes) - 1)
 
     def require(self, num_blocks: int) -> int:
         """The blocks that fit, at least `num_blocks`.
@@ -53,6 +91,18 @@ class MemoryBudget:
                 f"pool has {num_blocks}"
             )
         return self.num_blocks
+
+
+def group_block_bytes(model: Model, block_size: int) -> tuple[int, ...]:
+    """Bytes of one block of each cache group on one device.
+
+    That of the first group has a place in the token history beside the pools.
+    """
+    elements = math.prod(model.kv_shape(1, block_size))
+    itemsize = jnp.dtype(model.kv_dtype).itemsize
+    layer = elements * itemsize // model.options.tensor_size
+    full, *others = (layer * len(group.layers) for group in model.cache_groups)
+    return (full + 4 * block_size, *others)
 
 
 class PoolSizes:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from jllm.config import WindowPool
 from jllm.engine.background import BackgroundWork
 from jllm.engine.executables import Executable, ExecutableStore
 from jllm.engine.inputs import InputLayout
@@ -73,6 +74,7 @@ class ProgramOptions:
         tiles: How the tokens of a prefill step are cut for attention, if they are.
         branches: Whether a program may choose at run time what it computes, as the CPU
             can; on a GPU the host would have to be asked.
+        window_pools: The pool of each cache group with a window.
     """
 
     sizes: ProgramSizes
@@ -86,6 +88,7 @@ class ProgramOptions:
     draw_method: DrawMethod
     tiles: TileLayout | None
     branches: bool
+    window_pools: tuple[WindowPool, ...] = ()
 
     @property
     def table_rows(self) -> int:
@@ -104,6 +107,7 @@ class ProgramOptions:
             max_copies=self.max_copies,
             tiles=self.tiles,
             scored_rows=self.sizes.rows if self.branches else (self.table_rows,),
+            window_pool_blocks=tuple(pool.num_blocks for pool in self.window_pools),
         )
 
 
@@ -112,20 +116,31 @@ def describe_state(
 ) -> EngineState:
     """Shapes, types and shardings of the device state.
 
-    The pool is sharded over its KV heads, everything else lives at `place`.
+    The pools are sharded over their KV heads, everything else lives at `place`.
     """
-    pool = jax.ShapeDtypeStruct(
-        model.kv_shape(options.num_blocks, options.block_size),
-        model.kv_dtype,
-        sharding=NamedSharding(place.mesh, KV_HEADS),
-    )
+    sizes = (options.num_blocks, *(pool.num_blocks for pool in options.window_pools))
+    num_blocks = {
+        layer: size
+        for group, size in zip(model.cache_groups, sizes, strict=True)
+        for layer in group.layers
+    }
+
+    def pool(layer: int) -> Any:
+        return jax.ShapeDtypeStruct(
+            model.kv_shape(num_blocks[layer], options.block_size),
+            model.kv_dtype,
+            sharding=NamedSharding(place.mesh, KV_HEADS),
+        )
 
     def table(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
 
     return EngineState(
-        kv=(pool,) * model.num_layers,
+        kv=tuple(pool(layer) for layer in range(model.num_layers)),
         block_tables=table(options.table_rows, options.max_blocks),
+        window_tables=tuple(
+            table(options.table_rows, options.max_blocks) for _ in options.window_pools
+        ),
         block_tokens=table(options.num_blocks, options.block_size),
         rows=RowTable(table(options.table_rows, NUM_FIELDS)),
     )

@@ -7,16 +7,22 @@ import dataclasses
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jllm.config import EngineConfig
+from jllm.config import EngineConfig, WindowPool
 from jllm.engine.builder import ProgramBuilder
 from jllm.engine.executables import ExecutableStore, fingerprint
-from jllm.engine.memory import MemoryBudget, PoolSizes
+from jllm.engine.memory import (
+    MemoryBudget,
+    PoolSizes,
+    WindowShare,
+    group_block_bytes,
+)
 from jllm.engine.options import Resolved
 from jllm.engine.programs import ProgramOptions, Programs, sampler_bytes
 from jllm.models.base import Model, ParamSpec, Weights
@@ -91,8 +97,9 @@ class StartPlan:
             utilization=resolved.utilization,
             weights=_bytes_per_device(self.weights()),
             temporaries=temporaries,
-            block=_block_bytes(self.model, resolved.block_size),
+            block=group_block_bytes(self.model, resolved.block_size)[0],
             most_useful_blocks=config.num_blocks or useful,
+            windows=window_shares(resolved, self.model),
         )
 
     def expected_temporaries(self) -> int:
@@ -219,12 +226,13 @@ def programs_that_fit(plan: StartPlan, compiling: Compiling) -> Compiling:
             raise
     block_size = plan.resolved.block_size
     logger.info(
-        "KV pool: %.2f GiB, %d blocks of %d tokens, %d tokens in all; "
+        "KV pool: %.2f GiB, %d blocks of %d tokens, %d tokens in all%s; "
         "weights %.2f GiB, temporaries %.2f GiB per device",
-        num_blocks * budget.block / 2**30,
+        budget.pool_bytes(num_blocks) / 2**30,
         num_blocks,
         block_size,
         num_blocks * block_size,
+        describe_windows(compiling.options.window_pools),
         budget.weights / 2**30,
         budget.temporaries / 2**30,
     )
@@ -262,6 +270,42 @@ def program_options(
         draw_method="inverse_cdf" if platform == "cpu" else "gumbel",
         tiles=model.tile_layout(block_size),
         branches=platform == "cpu",
+        window_pools=tuple(
+            WindowPool(share.window, share.num_blocks(num_blocks))
+            for share in window_shares(resolved, model)
+        ),
+    )
+
+
+def window_shares(resolved: Resolved, model: Model) -> tuple[WindowShare, ...]:
+    """What each cache group with a window needs of the memory."""
+    size, block_bytes = (
+        resolved.block_size,
+        group_block_bytes(model, resolved.block_size),
+    )
+    blocks_per_row = -(-resolved.max_model_len // size)
+    shares: list[WindowShare] = []
+    for group, num_bytes in zip(model.cache_groups, block_bytes, strict=True):
+        if group.window is None:
+            continue
+        # Two steps may be under way. Beside them each row has its window, a block for
+        # where it begins, and one that goes back when the next is full.
+        per_row = min(-(-group.window // size) + 2, blocks_per_row)
+        under_way = 2 * -(-resolved.token_budget // size)
+        shares.append(
+            WindowShare(
+                window=group.window,
+                block=num_bytes,
+                held=resolved.max_num_seqs * per_row + under_way,
+            )
+        )
+    return tuple(shares)
+
+
+def describe_windows(pools: Sequence[WindowPool]) -> str:
+    """The pools of the groups with a window, for a line of the log."""
+    return "".join(
+        f", {pool.num_blocks} blocks for windows of {pool.window}" for pool in pools
     )
 
 
@@ -270,10 +314,3 @@ def _bytes_per_device(tree: object) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _block_bytes(model: Model, block_size: int) -> int:
-    """One block of all layers on one device, and its place in the token history."""
-    elements = math.prod(model.kv_shape(1, block_size)) * model.num_layers
-    pools = elements * jnp.dtype(model.kv_dtype).itemsize
-    return pools // model.options.tensor_size + 4 * block_size

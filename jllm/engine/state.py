@@ -102,8 +102,10 @@ class EngineState:
     """Device state of the engine.
 
     Attributes:
-        kv: The paged KV pool, one leaf per layer.
+        kv: The paged KV pools, one leaf per layer, as large as its cache group's.
         block_tables: Pool blocks of each row, in order of position.
+        window_tables: The same for each cache group with a window. Entries before the
+            window are of blocks that may belong to others by now.
         block_tokens: Token of every place of the pool; through the tables it is the
             token history of each row, shared and copied along with the blocks.
         rows: Position, last token and sampling parameters of each row.
@@ -113,6 +115,7 @@ class EngineState:
     block_tables: Leaf  # i32[R, M]
     block_tokens: Leaf  # i32[B, P]
     rows: RowTable
+    window_tables: tuple[Leaf, ...] = ()  # one i32[R, M] per group
 
 
 def row_fields(

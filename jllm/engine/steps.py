@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
+from jllm.engine.cache_groups import append_to_tables, copy_blocks, window_tables
 from jllm.engine.inputs import (
     DecodeInput,
     InputLayout,
@@ -20,7 +21,6 @@ from jllm.engine.inputs import (
     split_vector,
 )
 from jllm.engine.state import EngineState, Leaf, RowField, RowTable
-from jllm.layers.attention import copy_cache_blocks
 from jllm.layers.kernels import TileTable
 from jllm.models.base import Batch, Model, Weights
 from jllm.sampling.draws import DrawMethod
@@ -118,17 +118,31 @@ def decode_step(
     live = _live(rows, inputs.rows, state)
     block_size = state.block_tokens.shape[1]
     appends = live & (inputs.blocks != NO_BLOCK)
-    tables = state.block_tables.at[
-        _drop_unless(appends, inputs.rows, state), positions // block_size
-    ].set(inputs.blocks, mode="drop", unique_indices=True)
-    state = dataclasses.replace(state, block_tables=tables)
+    state = append_to_tables(
+        state,
+        _drop_unless(appends, inputs.rows, state),
+        positions // block_size,
+        inputs.blocks,
+        inputs.window_blocks,
+    )
+    windows = window_tables(
+        model.cache_groups,
+        layout,
+        state,
+        inputs.rows,
+        positions,
+        inputs.rows,
+        positions,
+        live,
+    )
     batch = Batch(
         tokens=rows.integer(RowField.LAST_TOKEN),
         positions=positions,
         slots=_slots(state, inputs.rows, positions, live),
-        block_tables=tables.at[inputs.rows].get(mode="clip"),
+        block_tables=state.block_tables.at[inputs.rows].get(mode="clip"),
         row_starts=jnp.arange(layout.num_rows + 1, dtype=jnp.int32),
         lengths=jnp.where(live, positions + 1, 0),
+        windows=windows,
         is_decode=True,
     )
     state, hidden = _forward(model, weights, state, batch)
@@ -151,10 +165,10 @@ def prefill_step(
     Donates: state.
     """
     inputs = PrefillInput(**split_vector(layout, vector))
-    state = _apply_updates(state, inputs)
+    state = _apply_updates(model, state, inputs)
     rows = state.rows.take(inputs.rows)
     live = _live(rows, inputs.rows, state)
-    batch = _ragged_batch(layout, state, inputs, rows, live)
+    batch = _ragged_batch(model, layout, state, inputs, rows, live)
     state, hidden = _forward(model, weights, state, batch)
     last = hidden.at[batch.row_starts[1:] - 1].get(mode="clip")
     advance = jnp.where(live, inputs.num_tokens, 0)
@@ -260,11 +274,11 @@ def _slots(
     )
 
 
-def _apply_updates(state: EngineState, inputs: PrefillInput) -> EngineState:
+def _apply_updates(
+    model: Model, state: EngineState, inputs: PrefillInput
+) -> EngineState:
     """Copies blocks, initialises rows that start, appends to block tables."""
-    *kv, block_tokens = copy_cache_blocks(
-        (*state.kv, state.block_tokens), inputs.copy_sources, inputs.copy_targets
-    )
+    state = copy_blocks(model.cache_groups, state, inputs)
     starting = _drop_unless(inputs.starts == 1, inputs.rows, state)
     rows = state.rows.put(starting, inputs.fields)
     ends = jnp.cumsum(inputs.num_blocks)
@@ -277,15 +291,14 @@ def _apply_updates(state: EngineState, inputs: PrefillInput) -> EngineState:
     table_rows = jnp.where(used, inputs.rows[owners], state.block_tables.shape[0])
     # Unused entries are made distinct by their column; they are dropped by their row.
     columns = jnp.where(used, columns, entries)
-    tables = state.block_tables.at[table_rows, columns].set(
-        inputs.blocks, mode="drop", unique_indices=True
+    state = append_to_tables(
+        state, table_rows, columns, inputs.blocks, inputs.window_blocks
     )
-    return EngineState(
-        kv=tuple(kv), block_tables=tables, block_tokens=block_tokens, rows=rows
-    )
+    return dataclasses.replace(state, rows=rows)
 
 
 def _ragged_batch(
+    model: Model,
     layout: InputLayout,
     state: EngineState,
     inputs: PrefillInput,
@@ -304,14 +317,25 @@ def _ragged_batch(
     positions = jnp.where(used, first[owners] + offsets, 0)
     last_tokens = rows.integer(RowField.LAST_TOKEN)
     uploaded = inputs.uploads[owners] == 1
+    token_rows, computed = inputs.rows[owners], used & live[owners]
     return Batch(
         tokens=jnp.where(uploaded, inputs.tokens, last_tokens[owners]),
         positions=positions,
-        slots=_slots(state, inputs.rows[owners], positions, used & live[owners]),
+        slots=_slots(state, token_rows, positions, computed),
         block_tables=state.block_tables.at[inputs.rows].get(mode="clip"),
         row_starts=row_starts,
         lengths=jnp.where(live, first + inputs.num_tokens, inputs.num_tokens),
         tiles=_tile_table(layout, inputs),
+        windows=window_tables(
+            model.cache_groups,
+            layout,
+            state,
+            inputs.rows,
+            first,
+            token_rows,
+            positions,
+            computed,
+        ),
     )
 
 

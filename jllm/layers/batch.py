@@ -11,6 +11,20 @@ from jllm.layers.kernels import TileTable
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class WindowTables:
+    """Where the tokens of a step lie in the pools of the layers with one window.
+
+    Attributes:
+        slots: As in `Batch`.
+        block_tables: As in `Batch`, right for the blocks that the step's tokens see.
+    """
+
+    slots: Int[Array, " T"]
+    block_tables: Int[Array, "S M"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """The tokens of one step, packed row after row.
 
@@ -28,6 +42,8 @@ class Batch:
         lengths: Tokens of each row in the cache after this step; zero for unused rows.
         tiles: The tokens cut for the attention kernel, as the model's `tile_layout`
             says; None leaves that to the kernel.
+        windows: The same slots and tables in the other cache groups of the model; none
+            where all layers keep the whole context, whatever they see of it.
         is_decode: Whether every row has exactly one token, token `s` that of row `s`.
     """
 
@@ -38,4 +54,16 @@ class Batch:
     row_starts: Int[Array, " S+1"]
     lengths: Int[Array, " S"]
     tiles: TileTable | None = None
+    windows: tuple[WindowTables, ...] = ()
     is_decode: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def of_group(self, group: int) -> "Batch":
+        """The step as the layers of a cache group see it."""
+        if not self.windows:
+            return self
+        if not group:
+            return dataclasses.replace(self, windows=())
+        tables = self.windows[group - 1]
+        return dataclasses.replace(
+            self, slots=tables.slots, block_tables=tables.block_tables, windows=()
+        )

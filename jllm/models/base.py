@@ -6,7 +6,7 @@ initialisation, sharding and the byte counts are all derived from that declarati
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,6 +18,33 @@ from jaxtyping import Float
 
 from jllm.layers.batch import Batch
 from jllm.layers.kernels import Implementation, Target, TileLayout
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheGroup:
+    """Layers whose keys and values are kept for equally long.
+
+    Attributes:
+        layers: Their leaves of the KV cache.
+        window: Newest positions that a token sees, itself included; None for all.
+    """
+
+    layers: tuple[int, ...]
+    window: int | None
+
+
+def group_layers(windows: Sequence[int | None]) -> tuple[CacheGroup, ...]:
+    """The cache groups of layers with these windows.
+
+    The first is that of the layers without a window, even if there is none: where it
+    lies in the pool, the token history of a row lies too.
+    """
+    kinds = [None, *sorted({window for window in windows if window is not None})]
+    return tuple(
+        CacheGroup(tuple(i for i, own in enumerate(windows) if own == kind), kind)
+        for kind in kinds
+    )
+
 
 Weights = Mapping[str, Any]
 """Tree of arrays with the structure of `Model.specs()`."""
@@ -170,6 +197,11 @@ class Model(Protocol):
     @property
     def width(self) -> int:
         """Length `E` of the hidden states."""
+        ...
+
+    @property
+    def cache_groups(self) -> tuple[CacheGroup, ...]:
+        """Which leaves are kept for how long, as `group_layers` gives them."""
         ...
 
     @property

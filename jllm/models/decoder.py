@@ -37,7 +37,14 @@ from jllm.layers.rope import (
     rope_frequencies,
     rotation_of,
 )
-from jllm.models.base import Batch, KVCache, ModelOptions, Weights
+from jllm.models.base import (
+    Batch,
+    CacheGroup,
+    KVCache,
+    ModelOptions,
+    Weights,
+    group_layers,
+)
 from jllm.models.decoder_config import DecoderConfig
 from jllm.models.decoder_specs import decoder_specs
 
@@ -86,6 +93,11 @@ class Decoder:
     def num_layers(self) -> int:
         """Number of leaves of the KV cache."""
         return self.config.num_layers
+
+    @cached_property
+    def cache_groups(self) -> tuple[CacheGroup, ...]:
+        """Which leaves are kept for how long."""
+        return group_layers(self.windows)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -162,10 +174,16 @@ class Decoder:
             for rope, frequencies in self._frequencies.items()
         }
         pools: list[Array] = []
+        group_of = {
+            layer: index
+            for index, group in enumerate(self.cache_groups)
+            for layer in group.layers
+        }
         for layer, pool in enumerate(kv):
+            own = batch.of_group(group_of[layer])
             rope = self.config.layers[layer].rope
             rotation = None if rope is None else rotations[rope]
-            hidden, pool = self._layer(layer, weights, hidden, pool, batch, rotation)
+            hidden, pool = self._layer(layer, weights, hidden, pool, own, rotation)
             pools.append(pool)
         return self._normed(weights, -1, hidden), tuple(pools)
 

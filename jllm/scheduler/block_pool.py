@@ -31,6 +31,11 @@ class BlockPool:
         """Blocks that `allocate` can hand out, evictable ones included."""
         return len(self._free) + len(self._evictable)
 
+    @property
+    def num_used(self) -> int:
+        """Blocks in a table."""
+        return self.num_blocks - self.num_free
+
     def states(self) -> bytes:
         """What each block is used for; may be called from another thread."""
         cached = self._evictable

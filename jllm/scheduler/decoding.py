@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jllm.scheduler.plan import NO_BLOCK, DecodeRows
+from jllm.scheduler.plan import NO_BLOCK, NO_WINDOW_BLOCKS, DecodeRows
 from jllm.scheduler.request import Request
 
 
@@ -44,15 +44,18 @@ class DecodingSequences:
 
     It lies in a matrix with one column per sequence, in the order of their turn, so
     that a step is planned by a few array operations, however many sequences there are.
+    Below the lines that are named it has one for each cache group with a window: the
+    block appended there.
     """
 
-    def __init__(self, num_rows: int, block_size: int) -> None:
+    def __init__(self, num_rows: int, block_size: int, num_windows: int = 0) -> None:
         """Starts without sequences."""
         self._block_size = block_size
+        self._num_windows = num_windows
         self._places = [-1] * num_rows
         """By row of the device table: the sequence's place in the order of turns."""
         self._requests: list[Request] = []
-        self._set(np.zeros((len(Line), 0), np.int64))
+        self._set(np.zeros((len(Line) + num_windows, 0), np.int64))
 
     def _set(self, matrix: np.ndarray) -> None:
         """Keeps what every plan shares while the sequences stay the same."""
@@ -69,11 +72,10 @@ class DecodingSequences:
 
     def add(self, request: Request) -> None:
         """Takes over a sequence whose first token is being sampled."""
-        column = np.empty(len(Line), np.int64)
+        column = np.full(len(self._matrix), NO_BLOCK, np.int64)
         column[Line.LENGTH] = request.num_tokens + 1
         column[Line.END] = request.max_length
         column[Line.ROOM] = len(request.block_ids) * self._block_size
-        column[Line.NEW_BLOCK] = NO_BLOCK
         column[Line.ROW] = request.row
         column[Line.SEQUENCE_ID] = request.sequence_id
         index = bisect(self._requests, request.order, key=attrgetter("order"))
@@ -88,10 +90,13 @@ class DecodingSequences:
         self._set(np.delete(self._matrix, index, axis=1))
 
     def append_block(self, request: Request, block: int) -> None:
-        """Takes note of a block appended to the table of a sequence."""
+        """Takes note of a block appended to each table of a sequence."""
         index = self._places[request.row]
         self._matrix[Line.ROOM, index] += self._block_size
         self._matrix[Line.NEW_BLOCK, index] = block
+        if self._num_windows:
+            others = [table.blocks[-1] for table in request.tables[1:]]
+            self._matrix[len(Line) :, index] = others
 
     def num_pending(self, request: Request) -> int:
         """Tokens of a sequence that steps under way sample."""
@@ -135,6 +140,10 @@ class DecodingSequences:
         new_blocks = blocks[where].astype(np.int32)
         lengths[where] += 1
         blocks[where] = NO_BLOCK
+        window_blocks = NO_WINDOW_BLOCKS
+        if self._num_windows:
+            window_blocks = self._matrix[len(Line) :, where].astype(np.int32)
+            self._matrix[len(Line) :, where] = NO_BLOCK
         planned = DecodeRows(
             sequence_ids=ids,
             rows=rows,
@@ -142,6 +151,7 @@ class DecodingSequences:
             new_blocks=new_blocks,
             are_last=lengths[where] >= ends[where],
             block_size=self._block_size,
+            window_blocks=window_blocks,
         )
         return (planned, requests) if requests else None
 
@@ -155,5 +165,7 @@ class DecodingSequences:
         for request, column in zip(sampled, self._matrix.T.tolist(), strict=True):
             room = len(request.block_ids) * self._block_size
             identity = [request.row, request.sequence_id]
-            assert column[1:] == [request.max_length, room, NO_BLOCK, *identity]
+            windows = [NO_BLOCK] * self._num_windows
+            expected = [request.max_length, room, NO_BLOCK, *identity, *windows]
+            assert column[1:] == expected
             assert 0 <= self.num_pending(request) <= 2

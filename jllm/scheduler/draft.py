@@ -71,6 +71,7 @@ class Draft:
         """Adds tokens of a running sequence, whose table ends with the new blocks."""
         position = request.num_computed_tokens
         end = position + count
+        first_block = len(request.block_ids) - len(new_blocks)
         row = ScheduledRow(
             request.sequence_id,
             request.row,
@@ -78,8 +79,11 @@ class Draft:
             count,
             tuple(request.token_ids[position:end]),
             samples=end == request.num_tokens,
-            first_block=len(request.block_ids) - len(new_blocks),
+            first_block=first_block,
             new_blocks=new_blocks,
+            window_blocks=tuple(
+                tuple(table.blocks[first_block:]) for table in request.tables[1:]
+            ),
         )
         self._add(request, row)
 
@@ -87,11 +91,9 @@ class Draft:
         """Adds a sequence that has just got its row and the blocks for the step."""
         position = match.num_tokens
         end = position + count
-        target = request.block_ids[len(match.blocks)]
-        copy = None
-        if match.source is not None:
-            copy = BlockCopy(match.source, target)
-            self.copies_left -= 1
+        copies = _copies(request, match)
+        self.copies_left -= bool(copies)
+        tables = tuple(tuple(table.blocks) for table in request.tables)
         row = ScheduledRow(
             request.sequence_id,
             request.row,
@@ -100,8 +102,10 @@ class Draft:
             tuple(request.token_ids[position:end]),
             samples=end == request.num_tokens,
             starts=True,
-            new_blocks=tuple(request.block_ids),
-            copy=copy,
+            new_blocks=tables[0],
+            copy=copies[0] if copies else None,
+            window_blocks=tables[1:],
+            window_copies=copies[1:],
         )
         self.num_starts += 1
         self._add(request, row)
@@ -122,3 +126,13 @@ class Draft:
             return None
         chunks = tuple(row for row, _ in self._ordered_chunks())
         return StepPlan(self.step, self._decoding, chunks, num_tokens)
+
+
+def _copies(request: Request, match: Match) -> tuple[BlockCopy, ...]:
+    """The copy of a shared block in each group: into the block that follows."""
+    target = len(match.blocks)
+    return tuple(
+        BlockCopy(part.source, table.blocks[target])
+        for part, table in zip((match, *match.windows), request.tables, strict=True)
+        if part.source is not None
+    )

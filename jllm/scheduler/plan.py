@@ -36,6 +36,9 @@ class ScheduledRow(NamedTuple):
         first_block: Index in the block table of the first of `new_blocks`.
         new_blocks: Pool blocks appended to the table; all of it when the row starts.
         copy: The copy on write that must precede the step, if any.
+        window_blocks: The same appends to the tables of the groups with a window;
+            `NO_BLOCK` for what the row does not see.
+        window_copies: The same copy in those groups.
     """
 
     sequence_id: int
@@ -48,6 +51,8 @@ class ScheduledRow(NamedTuple):
     first_block: int = 0
     new_blocks: tuple[int, ...] = ()
     copy: BlockCopy | None = None
+    window_blocks: tuple[tuple[int, ...], ...] = ()
+    window_copies: tuple[BlockCopy, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +68,7 @@ class DecodeRows:
         new_blocks: i32[N] block appended to the table, or `NO_BLOCK`.
         are_last: bool[N] whether the token sampled now is the last there is room for.
         block_size: Tokens per block.
+        window_blocks: i32[G, N] blocks appended in the groups with a window.
     """
 
     sequence_ids: np.ndarray
@@ -71,6 +77,7 @@ class DecodeRows:
     new_blocks: np.ndarray
     are_last: np.ndarray
     block_size: int
+    window_blocks: np.ndarray
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -91,9 +98,13 @@ class DecodeRows:
             self.new_blocks,
         )
         found: list[ScheduledRow] = []
-        for values in zip(*(column.tolist() for column in columns), strict=True):
-            sequence_id, row, position, first, block = values
-            blocks = () if block == NO_BLOCK else (block,)
+        windows = self.window_blocks.T.tolist() or [[]] * len(self)
+        lists = (column.tolist() for column in columns)
+        for (*values, block), others in zip(
+            zip(*lists, strict=True), windows, strict=True
+        ):
+            sequence_id, row, position, first = values
+            has_block = block != NO_BLOCK
             found.append(
                 ScheduledRow(
                     sequence_id,
@@ -103,13 +114,18 @@ class DecodeRows:
                     (),
                     samples=True,
                     first_block=first,
-                    new_blocks=blocks,
+                    new_blocks=(block,) if has_block else (),
+                    window_blocks=tuple(
+                        (each,) if has_block else () for each in others
+                    ),
                 )
             )
         return found
 
 
 _NOTHING = np.zeros(0, np.int32)
+NO_WINDOW_BLOCKS = np.zeros((0, 0), np.int32)
+"""What is appended in the groups with a window where there are none."""
 NO_DECODE_ROWS = DecodeRows(
     sequence_ids=_NOTHING,
     rows=_NOTHING,
@@ -117,6 +133,7 @@ NO_DECODE_ROWS = DecodeRows(
     new_blocks=_NOTHING,
     are_last=_NOTHING,
     block_size=1,
+    window_blocks=NO_WINDOW_BLOCKS,
 )
 """The columns of a step in which no row decodes."""
 

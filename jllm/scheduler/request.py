@@ -4,6 +4,7 @@ import dataclasses
 import enum
 from typing import Any
 
+from jllm.scheduler.block_manager import BlockTable
 from jllm.scheduler.prefix_cache import Prefix
 from jllm.types import FinishReason
 
@@ -49,7 +50,7 @@ class Request:
         num_pending: Tokens sampled before it was preempted whose values have not
             reached the host; while it runs see `Scheduler.num_pending`.
         row: Row of the device table, -1 without one.
-        block_ids: Block table.
+        tables: Block table of each cache group.
         num_preemptions: How often it was preempted.
         num_cached_tokens: Prompt tokens found in the prefix cache at the first start.
         status: Where it stands.
@@ -58,8 +59,6 @@ class Request:
         first_sample_step: Step that sampled first since it got its row; 0 before. From
             then on the last token is on the device.
         prefixes: Entry `i` describes the first `i` full blocks; grows with the tokens.
-        num_recorded_blocks: Leading blocks that were offered to the prefix cache.
-        num_reserved_blocks: Blocks set aside for it that it has not taken yet.
     """
 
     sequence_id: int
@@ -82,8 +81,8 @@ class Request:
     num_computed_tokens: int = dataclasses.field(init=False, default=0)
     num_pending: int = dataclasses.field(init=False, default=0)
     row: int = dataclasses.field(init=False, default=-1)
-    block_ids: list[int] = dataclasses.field(
-        init=False, default_factory=lambda: list[int]()
+    tables: tuple[BlockTable, ...] = dataclasses.field(
+        init=False, default_factory=lambda: (BlockTable(),)
     )
     num_preemptions: int = dataclasses.field(init=False, default=0)
     num_cached_tokens: int = dataclasses.field(init=False, default=0)
@@ -94,8 +93,6 @@ class Request:
     prefixes: list[Prefix] = dataclasses.field(
         init=False, default_factory=lambda: list[Prefix](), repr=False
     )
-    num_recorded_blocks: int = dataclasses.field(init=False, default=0)
-    num_reserved_blocks: int = dataclasses.field(init=False, default=0)
 
     def __post_init__(self) -> None:
         """Starts the list of known tokens with the prompt."""
@@ -106,6 +103,16 @@ class Request:
     def order(self) -> tuple[int, int, int]:
         """Sort key of its turn: priority, then arrival; unique."""
         return self.priority, self.arrival, self.sequence_id
+
+    @property
+    def block_ids(self) -> list[int]:
+        """Block table of the layers that see the whole context."""
+        return self.tables[0].blocks
+
+    @property
+    def num_reserved_blocks(self) -> int:
+        """Blocks set aside for that table that it has not taken yet."""
+        return self.tables[0].num_reserved
 
     @property
     def num_prompt_tokens(self) -> int:

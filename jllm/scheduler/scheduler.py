@@ -27,7 +27,7 @@ from collections.abc import Collection, Iterator, Sequence
 from operator import attrgetter
 
 from jllm.config import SchedulerConfig
-from jllm.errors import ConfigError, ContextTooLongError, InvalidRequestError
+from jllm.errors import ContextTooLongError, InvalidRequestError
 from jllm.scheduler.block_pool import BlockPool
 from jllm.scheduler.block_tables import BlockTables, Match
 from jllm.scheduler.decoding import DecodingSequences
@@ -39,27 +39,19 @@ from jllm.scheduler.sequences import Sequences
 from jllm.types import FinishReason
 
 MAX_UNCOMMITTED = 2
-SPARE_SHARE = 100
-"""While others run, a start leaves one block in so many free for them to grow into."""
 
 
 class Scheduler:
     """Owns all sequences, the block pool and the prefix cache."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        """Starts idle; raises `ConfigError` for a limit below 1."""
-        for field in config.__slots__:
-            value = getattr(config, field)
-            if field != "max_preemptions" and value is not False and value < 1:
-                raise ConfigError(f"{field}={value} must be at least 1")
+        """Starts idle."""
         self._config = config
-        self._tables = BlockTables(
-            config.num_blocks,
-            config.block_size,
-            enable_prefix_caching=config.enable_prefix_caching,
-        )
+        self._tables = BlockTables(config)
         self._sequences = Sequences(config.max_num_seqs)
-        self._decoding = DecodingSequences(config.max_num_seqs, config.block_size)
+        self._decoding = DecodingSequences(
+            config.max_num_seqs, config.block_size, len(config.window_pools)
+        )
         self._launched: collections.deque[LaunchedStep] = collections.deque()
         self._num_steps = 0
         self._num_preemptions = 0
@@ -76,6 +68,7 @@ class Scheduler:
             ContextTooLongError: It could never fit in the context or in the pool.
         """
         self._check(request)
+        self._tables.prepare(request)
         self._sequences.add(request)
 
     def _check(self, request: Request) -> None:
@@ -89,14 +82,7 @@ class Scheduler:
                 parameter="prompt",
             )
         request.max_tokens = min(request.max_tokens, config.max_model_len - length)
-        needed = self._tables.num_blocks_for(request.max_length)
-        if needed > config.num_blocks:
-            raise ContextTooLongError(
-                f"a prompt of {length} tokens and max_tokens={request.max_tokens} need "
-                f"{needed} KV blocks of {config.block_size} tokens, but the pool has "
-                f"{config.num_blocks}",
-                parameter="max_tokens",
-            )
+        self._tables.require_room(request)
 
     def abort(self, request_id: str) -> list[Request]:
         """Ends all sequences of a request; returns those that had not ended before."""
@@ -116,7 +102,7 @@ class Scheduler:
         Returns:
             Whether it was done: not to a sequence that is immune or does not run.
         """
-        immune = request.num_preemptions >= self._config.max_preemptions
+        immune = self._is_immune(request)
         if immune or request.status is not RequestStatus.RUNNING:
             return False
         self._release(request)
@@ -231,41 +217,51 @@ class Scheduler:
 
     def _find_match(self, request: Request, draft: Draft) -> Match | None:
         """Finds what to share; None if the step has no room for so long a table."""
-        parent = request.fork_of
+        match = self._match(request, draft)
+        if len(match.blocks) >= draft.appends_left:
+            # Whoever starts first in a step takes what there is; others can wait.
+            if draft.num_starts or not draft.appends_left:
+                return None
+            return self._tables.cut(request, match, draft.appends_left - 1)
+        return match if match.source is None or draft.copies_left else None
+
+    def _match(self, request: Request, draft: Draft) -> Match:
+        parent, tables = request.fork_of, self._tables
+        if self._is_immune(request) and not tables.shares_reserved:
+            return tables.no_match
+        match = None
         # Blocks of the parent that this very step writes cannot be copied in it.
         if (
             parent is not None
             and not request.num_preemptions
             and 0 < parent.first_sample_step < draft.step
         ):
-            match = self._tables.match_fork(request, parent)
-        else:
-            match = self._tables.match(request)
-        if len(match.blocks) >= draft.appends_left:
-            # Whoever starts first in a step takes what there is; others can wait.
-            if draft.num_starts or not draft.appends_left:
-                return None
-            return match.first(draft.appends_left - 1, self._config.block_size)
-        return match if match.source is None or draft.copies_left else None
+            match = tables.match_fork(request, parent)
+        return match or tables.match(request)
+
+    def _is_immune(self, request: Request) -> bool:
+        return request.num_preemptions >= self._config.max_preemptions
 
     def _start(self, request: Request, match: Match, draft: Draft) -> bool:
         """Starts the sequence at the head of the queue, if the pool has room for it."""
         tables = self._tables
-        immune = request.num_preemptions >= self._config.max_preemptions
+        immune = self._is_immune(request)
         length = request.max_length
         if not immune:
             length = min(length, request.num_tokens + 1)
         table_length = tables.num_blocks_for(length)
-        spare = self._config.num_blocks // SPARE_SHARE if self._sequences.running else 0
-        if match.source is not None and not tables.admits(match, table_length, spare):
+        others_run = bool(self._sequences.running)
+        if match.source is not None and not tables.admits(
+            match, table_length, leaves_spare=others_run
+        ):
             # Computed again rather than copied, which needs a block more for a step.
-            match = match.first(len(match.blocks), self._config.block_size)
-        if not tables.admits(match, table_length, spare):
+            match = tables.cut(request, match, len(match.blocks))
+        if not tables.admits(match, table_length, leaves_spare=others_run):
             return False
         self._count_hits(request, match)
         tables.start(request, match)
         if immune:
-            tables.reserve(request, table_length - len(match.blocks))
+            tables.reserve(request, table_length)
         self._sequences.start_next()
         position, size = match.num_tokens, self._config.block_size
         count = min(
@@ -316,7 +312,7 @@ class Scheduler:
         launched = self._launched.popleft()
         assert launched.plan is plan, "plans are committed in the order of their launch"
         for request, length in launched.computed(self._config.block_size, failed):
-            self._tables.record(request, length)
+            self._tables.commit(request, length)
         may_end = launched.may_end([*failed, *complete])
         is_running = RequestStatus.RUNNING
         looked_at: list[int] = []
@@ -402,8 +398,13 @@ class Scheduler:
 
     @property
     def pool(self) -> BlockPool:
-        """The block pool."""
-        return self._tables.pool
+        """The block pool of the layers that see the whole context."""
+        return self._tables.groups[0].pool
+
+    @property
+    def pools(self) -> tuple[BlockPool, ...]:
+        """The block pool of each cache group."""
+        return tuple(group.pool for group in self._tables.groups)
 
     @property
     def config(self) -> SchedulerConfig:
@@ -412,8 +413,8 @@ class Scheduler:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks in no table, cached ones included."""
-        return self._tables.pool.num_free
+        """Blocks of `pool` in no table, cached ones included."""
+        return self.pool.num_free
 
     @property
     def num_preemptions(self) -> int:

@@ -4,7 +4,9 @@ One seed is one run: a small scheduler with random limits, random arrivals by a 
 clock, aborts, forks, priorities, salts, shared prefixes, preemptions and rows that are
 not finite. The fake device keeps a pool of its own and samples a hash of the whole
 context as it reads it through its block tables; a wrong block, stale content, a missing
-copy or a wrong position changes the tokens. The invariants hold after every step.
+copy or a wrong position changes the tokens. Half of the models have cache groups with
+windows, whose blocks each token reads back to its window, and leaves a hash of that
+behind for those after it. The invariants hold after every step.
 
     python tests/jllm/scheduler/simulator.py --seeds 10000
     python tests/jllm/scheduler/simulator.py --seed 123
@@ -13,14 +15,25 @@ copy or a wrong position changes the tokens. The invariants hold after every ste
 import argparse
 import random
 
-from jllm.config import SchedulerConfig
+from jllm.config import SchedulerConfig, WindowPool
+from jllm.scheduler.plan import NO_BLOCK
 from jllm.scheduler.request import Request, RequestStatus
 from jllm.scheduler.scheduler import Scheduler
 
 NUM_STEPS = 200
 VOCABULARY = 40
 POISON = -1
-COUNTED = ("steps", "rows", "copies", "tokens", "ends", "preemptions", "hits")
+COUNTED = (
+    "steps",
+    "rows",
+    "copies",
+    "tokens",
+    "ends",
+    "passed",
+    "window hits",
+    "preemptions",
+    "hits",
+)
 PATIENCE = 4
 """Steps within which something must advance."""
 
@@ -33,9 +46,14 @@ def entry_of(token, position, previous):
     return hash((token, position, previous)) | 1
 
 
-def sample(seed, entries):
+def seen(entries):
+    """What a token leaves behind of the entries within its windows."""
+    return hash(tuple(entries))
+
+
+def sample(seed, entries, seen_before):
     """The token that follows a context."""
-    return hash((seed, tuple(entries))) % VOCABULARY
+    return hash((seed, tuple(entries), tuple(seen_before))) % VOCABULARY
 
 
 def root_of(request):
@@ -43,30 +61,33 @@ def root_of(request):
     return hash((request.adapter == "b", request.cache_salt == "a"))
 
 
-def tokens_alone(request, seed):
+def tokens_alone(request, seed, windows):
     """What the request generates when nothing else is in the run."""
-    entries, previous, tokens = [], root_of(request), list(request.prompt_token_ids)
-    for position, token in enumerate(tokens):
-        previous = entry_of(token, position, previous)
-        entries.append(previous)
-    output = []
+    entries, seen_before, output = [], [], []
+
+    def compute(token):
+        previous = entries[-1] if entries else root_of(request)
+        entries.append(entry_of(token, len(entries), previous))
+        seen_before.append(seen([e for w in windows for e in entries[-w:]]))
+
+    for token in request.prompt_token_ids:
+        compute(token)
     while len(output) < request.max_tokens:
-        token = sample(seed, entries)
+        token = sample(seed, entries, seen_before)
         output.append(token)
         if token in request.stop_token_ids and len(output) >= request.min_tokens:
             break
-        previous = entry_of(token, len(entries), previous)
-        entries.append(previous)
+        compute(token)
     return output
 
 
 class Row:
     """A row of the device table."""
 
-    def __init__(self, seed, root):
+    def __init__(self, seed, root, num_groups):
         self.seed = seed
         self.root = root
-        self.table = []
+        self.tables = [[] for _ in range(num_groups)]
         self.position = 0
         self.last_token = None
 
@@ -74,9 +95,13 @@ class Row:
 class Device:
     """Executes plans in order, knowing only what they say."""
 
-    def __init__(self, num_blocks, block_size, start_of):
-        self.block_size = block_size
-        self.pool = [[0] * block_size for _ in range(num_blocks)]
+    def __init__(self, config, start_of):
+        self.block_size = config.block_size
+        self.windows = [pool.window for pool in config.window_pools]
+        sizes = [config.num_blocks, *(pool.num_blocks for pool in config.window_pools)]
+        self.pools = [[[0] * self.block_size for _ in range(size)] for size in sizes]
+        # What each token saw within its windows; lies where the whole context lies.
+        self.seen = [[0] * self.block_size for _ in range(config.num_blocks)]
         self.rows = {}
         self.start_of = start_of
 
@@ -89,60 +114,91 @@ class Device:
         for item in plan.rows:
             self._apply_update(item)
         # First all writes, then all reads, as attention does.
-        for item in plan.rows:
-            self._write(item, faults)
+        starts = [self._write(item, faults) for item in plan.rows]
+        for item, start in zip(plan.rows, starts, strict=True):
+            self._attend(item, start)
         results = [self._sample(item) for item in plan.rows]
         failed = {i for i, (_, finite) in enumerate(results) if not finite}
         return [token for token, _ in results], failed
 
     def _apply_copies(self, plan):
-        copies = [item.copy for item in plan.rows if item.copy]
-        contents = [list(self.pool[copy.source]) for copy in copies]
-        targets = {copy.target for copy in copies}
-        assert len(targets) == len(copies), "two copies to one block"
-        assert not targets & {copy.source for copy in copies}, "a target is a source"
-        for copy, content in zip(copies, contents, strict=True):
-            self.pool[copy.target] = content
+        copied = [(item.copy, *item.window_copies) for item in plan.rows if item.copy]
+        for group, pool in enumerate(self.pools):
+            copy_blocks(pool, [copies[group] for copies in copied])
+        copy_blocks(self.seen, [copies[0] for copies in copied])
 
     def _apply_update(self, item):
         if item.starts:
-            row = self.rows[item.row] = Row(*self.start_of[item.sequence_id])
+            start = self.start_of[item.sequence_id]
+            row = self.rows[item.row] = Row(*start, len(self.pools))
             row.position = item.position
             assert item.first_block == 0
         row = self.rows[item.row]
         if item.new_blocks:
-            assert item.first_block == len(row.table), "tables are append-only"
-            row.table += item.new_blocks
+            appended = (item.new_blocks, *item.window_blocks)
+            for table, blocks in zip(row.tables, appended, strict=True):
+                assert item.first_block == len(table), "tables are append-only"
+                assert len(blocks) == len(item.new_blocks), "tables differ in length"
+                table += blocks
         assert row.position == item.position
         assert len(item.tokens) in {0, item.num_tokens}
 
     def _write(self, item, faults):
         row, size = self.rows[item.row], self.block_size
         tokens = item.tokens or (row.last_token,)
-        previous = row.root
-        if row.position:
-            last = row.position - 1
-            previous = self.pool[row.table[last // size]][last % size]
+        previous, start = row.root, row.position
+        if start:
+            previous = self._read(row, 0, start - 1)
         for token in tokens:
             position = row.position
             if item.sequence_id in faults or previous == POISON:
                 previous = POISON
             else:
                 previous = entry_of(token, position, previous)
-            self.pool[row.table[position // size]][position % size] = previous
+            for pool, table in zip(self.pools, row.tables, strict=True):
+                assert table[position // size] != NO_BLOCK
+                pool[table[position // size]][position % size] = previous
             row.position += 1
+        return start
+
+    def _read(self, row, group, position):
+        index, place = divmod(position, self.block_size)
+        block = row.tables[group][index]
+        assert block != NO_BLOCK, "a token sees a block that was given back"
+        return self.pools[group][block][place]
+
+    def _attend(self, item, start):
+        row, size = self.rows[item.row], self.block_size
+        for position in range(start, row.position):
+            block = row.tables[0][position // size]
+            self.seen[block][position % size] = seen(
+                self._read(row, group, place)
+                for group, window in enumerate(self.windows, 1)
+                for place in range(max(0, position - window + 1), position + 1)
+            )
 
     def _sample(self, item):
         row = self.rows[item.row]
-        entries = []
-        for block in row.table:
-            entries += self.pool[block]
-        del entries[row.position :]
+        entries, seen_before = [], []
+        for block in row.tables[0]:
+            entries += self.pools[0][block]
+            seen_before += self.seen[block]
+        del entries[row.position :], seen_before[row.position :]
         finite = POISON not in entries
         token = 0
         if item.samples:
-            token = row.last_token = sample(row.seed, entries)
+            token = row.last_token = sample(row.seed, entries, seen_before)
         return token, finite
+
+
+def copy_blocks(pool, copies):
+    """Copies whole blocks at once."""
+    contents = [list(pool[copy.source]) for copy in copies]
+    targets = {copy.target for copy in copies}
+    assert len(targets) == len(copies), "two copies to one block"
+    assert not targets & {copy.source for copy in copies}, "a target is a source"
+    for copy, content in zip(copies, contents, strict=True):
+        pool[copy.target] = content
 
 
 # --- the run -----------------------------------------------------------------
@@ -158,9 +214,25 @@ class Simulation:
         block_size, longest = rng.choice([1, 2, 3, 4, 8]), rng.randint(4, 48)
         # From half of the longest context to room for four.
         pool_tokens = round(longest * rng.uniform(0.5, 4))
+        token_budget = rng.choice([1, 4, 8, 16, 32, 64])
+        widest, num_windows = max(1, longest // 2), rng.choice([0, 0, 1, 2])
+        windows = [rng.randint(1, widest) for _ in range(num_windows)]
         self.config = SchedulerConfig(
             max_num_seqs=rng.choice([1, 2, 3, 4, 6, 8]),
-            token_budget=rng.choice([1, 4, 8, 16, 32, 64]),
+            token_budget=token_budget,
+            window_pools=tuple(
+                WindowPool(
+                    window,
+                    round(
+                        min(
+                            -(-longest // block_size),
+                            most_in_window(window, token_budget, block_size),
+                        )
+                        * rng.choice([1, 1.4, 3])
+                    ),
+                )
+                for window in windows
+            ),
             block_size=block_size,
             num_blocks=max(2, pool_tokens // block_size),
             max_model_len=longest,
@@ -182,9 +254,7 @@ class Simulation:
         ]
         self.scheduler = Scheduler(self.config)
         self.start_of = {}
-        self.device = Device(
-            self.config.num_blocks, self.config.block_size, self.start_of
-        )
+        self.device = Device(self.config, self.start_of)
         self.clock = 0.0
         self.next_arrival = 0.0
         self.in_flight = None
@@ -286,6 +356,11 @@ class Simulation:
             self.counts["steps"] += 1
             self.counts["rows"] += len(plan.rows)
             self.counts["copies"] += sum(row.copy is not None for row in plan.rows)
+            self.counts["window hits"] += sum(
+                row.starts and NO_BLOCK in blocks
+                for row in plan.rows
+                for blocks in row.window_blocks
+            )
             check_budget(self, plan)
             check_order(self, plan, ready)
             check_no_shared_write(self, plan)
@@ -302,6 +377,8 @@ class Simulation:
             self._commit(*launched)
         check_progress(self, plan)
         check_blocks(self)
+        check_windows(self)
+        check_reservations(self)
         check_states(self)
 
     def _commit(self, plan, results):
@@ -321,6 +398,11 @@ class Simulation:
         check_tokens(self, request)
 
 
+def most_in_window(window, token_budget, block_size):
+    """Most blocks of a sequence in a group: two steps may be under way."""
+    return -(-(max(window, block_size) + 2 * token_budget) // block_size) + 2
+
+
 def can_start(scheduler, request):
     """Whether nothing but room keeps a sequence from running."""
     if request.status is RequestStatus.RUNNING or scheduler.num_pending(request):
@@ -337,21 +419,54 @@ def can_start(scheduler, request):
 
 def check_blocks(run):
     """1: every block is free, cached or owned; references equal the tables."""
-    pool = run.scheduler.pool
-    counts = [0] * run.config.num_blocks
-    for request in run.open.values():
-        for block in request.block_ids:
-            counts[block] += 1
-    assert pool._references == counts
-    owned = sum(count > 0 for count in counts)
-    free, evictable = set(pool._free), set(pool._evictable)
-    assert len(free) + len(evictable) + owned == run.config.num_blocks
-    assert (
-        len(free | evictable)
-        == len(free) + len(evictable)
-        == len(pool._free) + len(pool._evictable)
-    )
+    for group, pool in enumerate(run.scheduler.pools):
+        counts = [0] * pool.num_blocks
+        for request in run.open.values():
+            for block in request.tables[group].blocks:
+                if block != NO_BLOCK:
+                    counts[block] += 1
+        assert pool._references == counts
+        owned = sum(count > 0 for count in counts)
+        free, evictable = set(pool._free), set(pool._evictable)
+        assert len(free) + len(evictable) + owned == pool.num_blocks
+        assert (
+            len(free | evictable)
+            == len(free) + len(evictable)
+            == len(pool._free) + len(pool._evictable)
+        )
     run.scheduler.check_integrity()
+
+
+def check_windows(run):
+    """1b: blocks outside of a window have gone back, and those inside have not."""
+    config, size = run.config, run.config.block_size
+    for group, pool in enumerate(config.window_pools, 1):
+        most = most_in_window(pool.window, config.token_budget, size)
+        for request in run.open.values():
+            table = request.tables[group].blocks
+            assert len(table) == len(request.block_ids)
+            assert NO_BLOCK not in request.block_ids
+            assert sum(block != NO_BLOCK for block in table) <= most
+            run.counts["passed"] += NO_BLOCK in table
+            # Those whose step is complete; single tokens are looked after when a
+            # block is full.
+            if not run.overlap and request.status is RequestStatus.RUNNING:
+                position = run.scheduler.num_computed_tokens(request)
+                needed = max(0, position - max(pool.window, size) + 1) // size
+                assert NO_BLOCK not in table[needed:]
+                assert set(table[: max(0, needed - 1)]) <= {NO_BLOCK}
+
+
+def check_reservations(run):
+    """1c: who has blocks reserved has all that it can ever need, in every group."""
+    for request in run.open.values():
+        length = -(-request.max_length // run.config.block_size)
+        for group, table in zip(
+            run.scheduler._tables.groups, request.tables, strict=True
+        ):
+            if table.is_reserving:
+                held = len(table.blocks) - table.blocks.count(NO_BLOCK)
+                assert held + table.num_reserved == group.most_held(length)
 
 
 def check_budget(run, plan):
@@ -361,6 +476,11 @@ def check_budget(run, plan):
     assert plan.num_tokens <= config.token_budget
     assert sum(len(row.new_blocks) for row in rows) <= config.max_block_appends
     assert sum(row.copy is not None for row in rows) <= config.max_block_copies
+    for row in rows:
+        assert len(row.window_blocks) == len(config.window_pools)
+        assert len(row.window_copies) == (
+            len(config.window_pools) if row.copy is not None else 0
+        )
     assert len({row.row for row in rows}) == len(rows) <= config.max_num_seqs
     for row in rows:
         request = run.open[row.sequence_id]
@@ -410,7 +530,8 @@ def check_order(run, plan, ready):
 
 def check_tokens(run, request):
     """5: the tokens of a sequence are those it generates alone."""
-    alone = tokens_alone(request, run.start_of[request.sequence_id][0])
+    seed, _ = run.start_of[request.sequence_id]
+    alone = tokens_alone(request, seed, run.device.windows)
     output = request.output_token_ids
     parent = request.fork_of
     if request.finish_reason == "error":
@@ -427,13 +548,15 @@ def check_tokens(run, request):
 
 def check_no_shared_write(run, plan):
     """6: no block is written that another table or the cache holds."""
-    pool, size = run.scheduler.pool, run.config.block_size
+    size = run.config.block_size
     for row in plan.rows:
-        table = run.open[row.sequence_id].block_ids
         end = row.position + row.num_tokens
-        for block in table[row.position // size : (end - 1) // size + 1]:
-            assert pool.references(block) == 1, "a shared block is written"
-            assert block not in pool._cache, "a cached block is written"
+        written = slice(row.position // size, (end - 1) // size + 1)
+        tables = run.open[row.sequence_id].tables
+        for pool, table in zip(run.scheduler.pools, tables, strict=True):
+            for block in table.blocks[written]:
+                assert pool.references(block) == 1, "a shared block is written"
+                assert block not in pool._cache, "a cached block is written"
 
 
 def check_everything_ended(run):
@@ -451,8 +574,9 @@ def check_everything_ended(run):
     assert not sequences._waiting._heap
     assert not scheduler._launched
     assert scheduler.reset_prefix_cache()
-    assert len(scheduler.pool._cache) == 0
-    assert len(scheduler.pool._free) == run.config.num_blocks
+    for pool in scheduler.pools:
+        assert len(pool._cache) == 0
+        assert len(pool._free) == pool.num_blocks
 
 
 # --- many runs ---------------------------------------------------------------

@@ -1,6 +1,6 @@
 import pytest
 
-from jllm.config import SchedulerConfig
+from jllm.config import SchedulerConfig, WindowPool
 from jllm.errors import ConfigError, ContextTooLongError, InvalidRequestError
 from jllm.scheduler.plan import BlockCopy
 from jllm.scheduler.request import Request, RequestStatus
@@ -552,3 +552,47 @@ def test_a_sequence_is_found_by_its_id_until_it_ends():
     run(scheduler)
     with pytest.raises(KeyError):
         scheduler.get(3)
+
+
+# --- groups with a window -----------------------------------------------------
+
+
+def test_a_sequence_that_never_fits_a_window_is_refused():
+    # 8 tokens of the window and 32 under way, hence 12 blocks at most.
+    scheduler = make(window_pools=(WindowPool(8, 11),))
+    with pytest.raises(ContextTooLongError, match="12 KV blocks of 4 tokens for a win"):
+        scheduler.add(request(0, range(40), max_tokens=20))
+    scheduler.add(request(1, range(40), max_tokens=4))
+
+
+def test_a_long_sequence_runs_in_a_small_window():
+    scheduler = make(window_pools=(WindowPool(8, 12),), num_blocks=16)
+    scheduler.add(request(0, range(40), max_tokens=24))
+    plans = run(scheduler)
+    assert sum(plan.num_tokens for plan in plans) == 63
+    full, window = scheduler.pools
+    assert full.num_free == 16
+    assert window.num_free == 12
+
+
+def test_who_lacks_a_block_of_a_window_preempts_the_last():
+    scheduler = make(
+        window_pools=(WindowPool(24, 13),),
+        num_blocks=64,
+        token_budget=32,
+        max_num_seqs=2,
+    )
+    scheduler.add(request(0, range(24), max_tokens=20))
+    scheduler.add(request(1, range(24, 48), max_tokens=20))
+    run(scheduler)
+    assert scheduler.num_preemptions > 0
+
+
+def test_an_immune_sequence_shares_nothing_with_a_window():
+    scheduler = make(
+        window_pools=(WindowPool(8, 32),), num_blocks=64, max_preemptions=0
+    )
+    for number in range(2):
+        scheduler.add(request(number, range(20)))
+        run(scheduler)
+    assert scheduler.num_prefix_hits == 0
