@@ -45,6 +45,7 @@ __all__ = [
     "LLM",  # pyright: ignore[reportUnsupportedDunderAll]
     "STEP_TOKEN_BOUNDS",
     "AsyncLLM",  # pyright: ignore[reportUnsupportedDunderAll]
+    "Batch",  # pyright: ignore[reportUnsupportedDunderAll]
     "BlockState",
     "CheckpointError",
     "CompletionOutput",
@@ -74,6 +75,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",  # pyright: ignore[reportUnsupportedDunderAll]
     "detect_parsers",  # pyright: ignore[reportUnsupportedDunderAll]
+    "load",  # pyright: ignore[reportUnsupportedDunderAll]
     "make_output_parser",  # pyright: ignore[reportUnsupportedDunderAll]
     "prompt_opens_reasoning",  # pyright: ignore[reportUnsupportedDunderAll]
     "reasoning_markers",  # pyright: ignore[reportUnsupportedDunderAll]
@@ -100,6 +102,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("jllm.llm").LLM
     if name == "AsyncLLM":
         return importlib.import_module("jllm.async_llm").AsyncLLM
+    if name == "Batch":
+        return importlib.import_module("jllm.layers.batch").Batch
+    if name == "load":
+        return importlib.import_module("jllm.research").load
     if name in _PARSER_MODULES:
         module = f"jllm.text.parsers.{_PARSER_MODULES[name]}"
         return getattr(importlib.import_module(module), name)

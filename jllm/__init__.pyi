@@ -9,6 +9,7 @@ from jllm.errors import InvalidRequestError as InvalidRequestError
 from jllm.errors import JllmError as JllmError
 from jllm.errors import ModelNotFoundError as ModelNotFoundError
 from jllm.errors import UnsupportedModelError as UnsupportedModelError
+from jllm.layers.batch import Batch as Batch
 from jllm.llm import LLM as LLM
 from jllm.metrics import STEP_TOKEN_BOUNDS as STEP_TOKEN_BOUNDS
 from jllm.metrics import BlockState as BlockState
@@ -22,6 +23,7 @@ from jllm.outputs import RequestOutput as RequestOutput
 from jllm.outputs import ScoreOutput as ScoreOutput
 from jllm.outputs import ScoreRequestOutput as ScoreRequestOutput
 from jllm.pooling import PoolingParams as PoolingParams
+from jllm.research import load as load
 from jllm.text.parsers.constraint import tool_constraint as tool_constraint
 from jllm.text.parsers.deltas import ContentDelta as ContentDelta
 from jllm.text.parsers.deltas import ReasoningDelta as ReasoningDelta

@@ -44,11 +44,7 @@ def create_engine(config: EngineConfig) -> Engine | Replicas:
     use_compilation_cache(
         config.compilation_cache_dir, fills=config.executables is None
     )
-    files = resolve_model(
-        config.model or str(DEFAULT_MODEL),
-        revision=config.revision,
-        with_weights=config.load_format != "random",
-    )
+    files = resolve_files(config)
     size, replicas = config.tensor_parallel_size, config.data_parallel_size
     devices = jax.devices()
     if size * replicas > len(devices):
@@ -111,7 +107,7 @@ def _create_replica(
     # Compiled from shapes, while the weights are read.
     compiling = plan.start()
     try:
-        weights = _make_weights(config, files, model, mesh, resolved.dtype)
+        weights = make_weights(config, files, model, mesh, resolved.dtype)
         # Closes what it replaces, so that only the newest is left to close.
         compiling = _fitting_programs(plan, compiling)
         return _assemble(plan, compiling, weights)
@@ -120,13 +116,23 @@ def _create_replica(
         raise
 
 
-def _make_weights(
+def resolve_files(config: EngineConfig) -> CheckpointFiles:
+    """Finds the checkpoint, or the config.json alone where weights are random."""
+    return resolve_model(
+        config.model or str(DEFAULT_MODEL),
+        revision=config.revision,
+        with_weights=config.load_format != "random",
+    )
+
+
+def make_weights(
     config: EngineConfig,
     files: CheckpointFiles,
     model: Model,
     mesh: jax.sharding.Mesh,
     dtype: str,
 ) -> Weights:
+    """Loads the weights onto their devices, or draws them."""
     specs = model.specs()
     places = tree_shardings(specs, mesh)
     if config.load_format == "random":

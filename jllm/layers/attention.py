@@ -4,6 +4,7 @@ This is where `shard_map` wraps the kernels: they see the heads of one device on
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -26,7 +27,11 @@ from pallas_kernels import (
 from pallas_kernels.common.scores import ScoreOptions
 from pallas_kernels.kv_write import HeadNorms, Heads, Rotation, rotate_and_widen
 from pallas_kernels.paged_attention import NewTokens
-from pallas_kernels.ragged_attention import TokenRuns
+from pallas_kernels.ragged_attention import (
+    TokenRuns,
+    attend_by_weights,
+    ragged_attention_weights,
+)
 from pallas_kernels.ragged_attention import tile_layout as ragged_tile_layout
 
 HEADS = PartitionSpec(None, "tensor", None)
@@ -110,6 +115,39 @@ def cached_attention(
             check_vma=False,
         )
     return local(heads, rotation, norms, kv, batch, alibi_slopes)
+
+
+def explicit_attention(
+    heads: Heads,
+    rotation: Rotation | None,
+    norms: HeadNorms | None,
+    kv: Shaped[Array, "B 2 K P W"],
+    batch: Batch,
+    options: AttentionOptions,
+    alibi_slopes: Float[Array, " H"] | None,
+    change: Callable[[Array], Array],
+) -> Float[Array, "T H D"]:
+    """Attention with its weights in memory, where they can be seen and changed.
+
+    Args:
+        heads: Queries, keys and values of the new tokens.
+        rotation: Angles of each token; None where they are not rotated.
+        norms: Norms of queries and keys, None for none.
+        kv: The layer's pool, the new tokens already written.
+        batch: The step's tokens.
+        options: How to attend.
+        alibi_slopes: By how much each head's scores fall with the distance.
+        change: From the weights f32[T, H, C] to those that are used; `C` counts the
+            positions that a block table holds.
+    """
+    scores = ScoreOptions(
+        options.scale, options.window, options.soft_cap, alibi_slopes=alibi_slopes
+    )
+    q, _, _ = _prepared(heads, rotation, norms, kv.shape[-1])
+    runs = (batch.block_tables, batch.row_starts, batch.lengths)
+    weights = change(ragged_attention_weights(q, kv, *runs, scores))
+    out = attend_by_weights(weights, kv, *runs, q.dtype)
+    return out[:, :, : heads.q.shape[-1]]
 
 
 def tile_layout(

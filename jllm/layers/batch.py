@@ -1,8 +1,11 @@
 """The tokens of one step, as models and attention layers take them."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Int
 
@@ -67,3 +70,71 @@ class Batch:
         return dataclasses.replace(
             self, slots=tables.slots, block_tables=tables.block_tables, windows=()
         )
+
+    @classmethod
+    def from_prompts(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_cached: Sequence[int] | None = None,
+        max_len: int | None = None,
+        block_size: int = 16,
+    ) -> "Batch":
+        """New tokens of some sequences, each with blocks of its own in the cache.
+
+        Sequence `s` has blocks `s * M` and on, `M = ceil(max_len / block_size)`, so
+        that `model.init_kv(len(prompts) * M, block_size)` has room for all.
+
+        Args:
+            prompts: The tokens, at least one for each sequence.
+            num_cached: Tokens of each that are in the cache already; None for none. A
+                greedy loop gives each drawn token here as a prompt of its own.
+            max_len: Tokens for which a sequence has blocks; None for as many as there
+                are now. Calls for the same cache give the same number.
+            block_size: Places per block of the cache.
+
+        Raises:
+            ValueError: An argument is out of its bounds.
+        """
+        num_cached = [0] * len(prompts) if num_cached is None else num_cached
+        counts = [len(prompt) for prompt in prompts]
+        _check_prompts(counts, num_cached, block_size)
+        lengths = np.add(counts, num_cached).astype(np.int32)
+        longest = int(lengths.max())
+        max_len = longest if max_len is None else max_len
+        if longest > max_len:
+            raise ValueError(
+                f"max_len={max_len} must be at least {longest}, the longest"
+            )
+        num_blocks = -(-max_len // block_size)
+        blocks = np.arange(len(prompts) * num_blocks, dtype=np.int32)
+        positions = np.concatenate(
+            [np.arange(n, n + c) for n, c in zip(num_cached, counts, strict=True)]
+        ).astype(np.int32)
+        rows = np.repeat(np.arange(len(prompts), dtype=np.int32), counts)
+        return cls(
+            tokens=jnp.asarray(
+                np.concatenate([np.asarray(p) for p in prompts]), jnp.int32
+            ),
+            positions=jnp.asarray(positions),
+            slots=jnp.asarray(rows * (num_blocks * block_size) + positions),
+            block_tables=jnp.asarray(blocks.reshape(len(prompts), num_blocks)),
+            row_starts=jnp.asarray(np.cumsum([0, *counts]), jnp.int32),
+            lengths=jnp.asarray(lengths),
+            is_decode=all(count == 1 for count in counts),
+        )
+
+
+def _check_prompts(
+    counts: Sequence[int], num_cached: Sequence[int], block_size: int
+) -> None:
+    if not counts or min(counts) < 1:
+        raise ValueError(
+            f"prompts have {list(counts)} tokens, expected at least one each"
+        )
+    if len(num_cached) != len(counts) or min(num_cached) < 0:
+        raise ValueError(
+            f"num_cached={list(num_cached)} must be {len(counts)} numbers from 0 on"
+        )
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size} must be at least 1")

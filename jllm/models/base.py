@@ -7,7 +7,7 @@ initialisation, sharding and the byte counts are all derived from that declarati
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from jllm.layers.batch import Batch
 from jllm.layers.kernels import Implementation, Target, TileLayout
+from jllm.models.probe import Edits
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -230,10 +231,46 @@ class Model(Protocol):
         """An empty cache, all zeros."""
         ...
 
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """Names that `capture` and `edit` of `forward` can mean, in order."""
+        ...
+
+    @overload
     def forward(
-        self, weights: Weights, kv: KVCache, batch: Batch
-    ) -> tuple[Float[Array, "T E"], KVCache]:
-        """Hidden states after the last norm, and the cache with the new tokens."""
+        self,
+        weights: Weights,
+        kv: KVCache,
+        batch: Batch,
+        *,
+        capture: None = None,
+        edit: Edits | None = None,
+    ) -> tuple[Float[Array, "T E"], KVCache]: ...
+
+    @overload
+    def forward(
+        self,
+        weights: Weights,
+        kv: KVCache,
+        batch: Batch,
+        *,
+        capture: Sequence[str],
+        edit: Edits | None = None,
+    ) -> tuple[Float[Array, "T E"], KVCache, dict[str, Array]]: ...
+
+    def forward(
+        self,
+        weights: Weights,
+        kv: KVCache,
+        batch: Batch,
+        *,
+        capture: Sequence[str] | None = None,
+        edit: Edits | None = None,
+    ) -> Any:
+        """Hidden states after the last norm, and the cache with the new tokens.
+
+        With `capture` also those activations, by name; see `jllm.models.probe`.
+        """
         ...
 
     def logits(

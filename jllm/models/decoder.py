@@ -5,8 +5,9 @@ A family module turns a config.json into a `DecoderConfig`; everything else is h
 
 import dataclasses
 import math
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from jllm.layers.attention import (
     HeadNorms,
     Heads,
     cached_attention,
+    explicit_attention,
     tile_layout,
 )
 from jllm.layers.embedding import embed, output_logits
@@ -47,10 +49,43 @@ from jllm.models.base import (
 )
 from jllm.models.decoder_config import DecoderConfig
 from jllm.models.decoder_specs import decoder_specs
+from jllm.models.probe import Edits, Probe
 
 VOCAB_MULTIPLE = 512
 """The vocabulary is padded to a multiple of this, whatever the number of devices, since
 a draw depends on the width of the logits."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """What the parts of a layer read in one forward pass.
+
+    Attributes:
+        index: Its number.
+        weights: Those of the whole model.
+        batch: The tokens.
+        rotation: Angles of each token; None where they are not rotated.
+        of_model: Looks at the activations.
+    """
+
+    index: int
+    weights: Weights
+    batch: Batch
+    rotation: Rotation | None
+    of_model: Probe
+
+    @property
+    def own(self) -> Weights:
+        """The layer's weights."""
+        return self.weights["layers"][self.index]
+
+    def wants(self, name: str) -> bool:
+        """Whether the activation is captured or changed."""
+        return self.of_model.wants(f"layers.{self.index}.{name}")
+
+    def probe(self, name: str, value: Array) -> Array:
+        """The activation, perhaps captured or changed."""
+        return self.of_model(f"layers.{self.index}.{name}", value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,17 +193,80 @@ class Decoder:
             for _ in range(self.config.num_layers)
         )
 
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """Names that `capture` and `edit` of `forward` can mean, in order."""
+        block = self.config.block
+        own = ["resid_in", "attn.norm", "attn.q", "attn.k", "attn.v", "attn.probs"]
+        own += ["attn.out"] if block.parallel else ["attn.out", "resid_mid"]
+        if self._has_mlp_input:
+            own.append("mlp.norm")
+        own += ["mlp.out", "resid"]
+        layers = range(self.config.num_layers)
+        return (
+            "embed",
+            *(f"layers.{i}.{name}" for i in layers for name in own),
+            "final",
+        )
+
+    @overload
     def forward(
-        self, weights: Weights, kv: KVCache, batch: Batch
-    ) -> tuple[Float[Array, "T E"], KVCache]:
+        self,
+        weights: Weights,
+        kv: KVCache,
+        batch: Batch,
+        *,
+        capture: None = None,
+        edit: Edits | None = None,
+    ) -> tuple[Float[Array, "T E"], KVCache]: ...
+
+    @overload
+    def forward(
+        self,
+        weights: Weights,
+        kv: KVCache,
+        batch: Batch,
+        *,
+        capture: Sequence[str],
+        edit: Edits | None = None,
+    ) -> tuple[Float[Array, "T E"], KVCache, dict[str, Array]]: ...
+
+    def forward(
+        self,
+        weights: Weights,
+        kv: KVCache,
+        batch: Batch,
+        *,
+        capture: Sequence[str] | None = None,
+        edit: Edits | None = None,
+    ) -> Any:
         """Hidden states after the last norm, and the cache with the new tokens.
 
         Pure, and differentiable with `attention="reference"`.
+
+        Args:
+            weights: Arrays of the tree `specs`.
+            kv: The cache, as `init_kv` makes it.
+            batch: The tokens.
+            capture: Names, or patterns of names, among `activations`; those come back
+                as a third value, a dictionary from name to array.
+            edit: Pure functions that change activations, by name or pattern.
+
+        Raises:
+            ValueError: A pattern matches no activation, or an edit changes a shape.
         """
+        probe = Probe(self.activations, capture or (), edit)
+        hidden, kv = self._forward(weights, kv, batch, probe)
+        return (hidden, kv) if capture is None else (hidden, kv, probe.captured)
+
+    def _forward(
+        self, weights: Weights, kv: KVCache, batch: Batch, probe: Probe
+    ) -> tuple[Array, KVCache]:
         embedding = self.config.embedding
         hidden = embed(weights["embed"], batch.tokens, embedding.scale)
         if embedding.positions is not None:
             hidden = hidden + embed(weights["positions"], batch.positions)
+        hidden = probe("embed", hidden)
         rotations = {
             rope: rotation_of(batch.positions, *frequencies)
             for rope, frequencies in self._frequencies.items()
@@ -180,12 +278,13 @@ class Decoder:
             for layer in group.layers
         }
         for layer, pool in enumerate(kv):
-            own = batch.of_group(group_of[layer])
+            of_group = batch.of_group(group_of[layer])
             rope = self.config.layers[layer].rope
             rotation = None if rope is None else rotations[rope]
-            hidden, pool = self._layer(layer, weights, hidden, pool, own, rotation)
+            own = Layer(layer, weights, of_group, rotation, probe)
+            hidden, pool = self._layer(own, hidden, pool)
             pools.append(pool)
-        return self._normed(weights, -1, hidden), tuple(pools)
+        return probe("final", self._normed(weights, -1, hidden)), tuple(pools)
 
     def logits(
         self, weights: Weights, hidden: Float[Array, "N E"]
@@ -201,52 +300,51 @@ class Decoder:
             soft_cap=embedding.soft_cap,
         )
 
-    def _layer(
-        self,
-        layer: int,
-        weights: Weights,
-        hidden: Array,
-        pool: Array,
-        batch: Batch,
-        rotation: Rotation | None,
-    ) -> tuple[Array, Array]:
+    def _layer(self, layer: Layer, hidden: Array, pool: Array) -> tuple[Array, Array]:
         block = self.config.block
+        hidden = layer.probe("resid_in", hidden)
         with jax.named_scope("attention"):
-            normed = self._norm(weights, layer, block.before_attention, hidden)
-            attended, pool = self._attend(layer, weights, normed, pool, batch, rotation)
-            attended = self._output(weights, layer, block.after_attention, attended)
+            normed = self._norm(layer, block.before_attention, hidden)
+            normed = layer.probe("attn.norm", normed)
+            attended, pool = self._attend(layer, normed, pool)
+            attended = layer.probe("attn.out", attended)
+            attended = self._output(layer, block.after_attention, attended)
             if not block.parallel:
                 hidden = self._replicate(hidden + attended)
+                hidden = layer.probe("resid_mid", hidden)
         with jax.named_scope("mlp"):
-            if not block.parallel or block.before_mlp is not None:
-                normed = self._norm(weights, layer, block.before_mlp, hidden)
-            out = self._mlp(weights["layers"][layer], normed)
-            out = self._output(weights, layer, block.after_mlp, out)
+            if self._has_mlp_input:
+                normed = self._norm(layer, block.before_mlp, hidden)
+                normed = layer.probe("mlp.norm", normed)
+            out = layer.probe("mlp.out", self._mlp(layer.own, normed))
+            out = self._output(layer, block.after_mlp, out)
             if block.parallel:
                 out = attended + out
             hidden = self._replicate(hidden + out)
-        return hidden, pool
+        return layer.probe("resid", hidden), pool
 
-    def _attend(
-        self,
-        layer: int,
-        weights: Weights,
-        normed: Array,
-        pool: Array,
-        batch: Batch,
-        rotation: Rotation | None,
-    ) -> tuple[Array, Array]:
+    def _attend(self, layer: Layer, normed: Array, pool: Array) -> tuple[Array, Array]:
         """Output of the attention [T, E], and the pool with the new tokens."""
-        own = weights["layers"][layer]
-        attended, pool = cached_attention(
-            self._paired(layer, self._project(own, normed)),
-            rotation,
-            self._head_norms(weights, layer),
-            pool,
-            batch,
-            self._attention_options[layer],
-            self._alibi_slopes,
+        own = layer.own
+        q, keys, values = self._project(own, normed)
+        heads = Heads(
+            layer.probe("attn.q", q),
+            layer.probe("attn.k", keys),
+            layer.probe("attn.v", values),
         )
+        arguments = (
+            self._paired(layer.index, heads),
+            layer.rotation,
+            self._head_norms(layer.weights, layer.index),
+        )
+        options = self._attention_options[layer.index]
+        alibi = self._alibi_slopes
+        attended, pool = cached_attention(*arguments, pool, layer.batch, options, alibi)
+        if layer.wants("attn.probs"):
+            see = partial(layer.probe, "attn.probs")
+            attended = explicit_attention(
+                *arguments, pool, layer.batch, options, alibi, see
+            )
         flat = attended.reshape(attended.shape[0], -1)
         return linear(flat, own["out"], own.get("out_bias")), pool
 
@@ -288,24 +386,21 @@ class Decoder:
         apply = gated_mlp if mlp.gated else plain_mlp
         return apply(normed, own, mlp.activation)
 
-    def _output(
-        self, weights: Weights, layer: int, norm: str | None, out: Array
-    ) -> Array:
+    def _output(self, layer: Layer, norm: str | None, out: Array) -> Array:
         """What a half layer adds to the residual."""
         if norm is not None:
-            out = self._norm(weights, layer, norm, self._replicate(out))
+            out = self._norm(layer, norm, self._replicate(out))
         scale = self.config.block.residual_scale
         if scale != 1:
             out = (out.astype(jnp.float32) * scale).astype(out.dtype)
         return out
 
-    def _norm(
-        self, weights: Weights, layer: int, name: str | None, hidden: Array
-    ) -> Array:
+    def _norm(self, layer: Layer, name: str | None, hidden: Array) -> Array:
         if name is None:
             return hidden
         names = self.config.block.norms
-        return self._normed(weights, len(names) * layer + names.index(name), hidden)
+        index = len(names) * layer.index + names.index(name)
+        return self._normed(layer.weights, index, hidden)
 
     def _normed(self, weights: Weights, index: int, hidden: Array) -> Array:
         kind = self.config.norm
@@ -318,6 +413,12 @@ class Decoder:
             return hidden
         everywhere = NamedSharding(self.options.mesh, PartitionSpec())
         return jax.lax.with_sharding_constraint(hidden, everywhere)
+
+    @property
+    def _has_mlp_input(self) -> bool:
+        """Whether the MLP reads something else than the attention."""
+        block = self.config.block
+        return not block.parallel or block.before_mlp is not None
 
     @cached_property
     def _frequencies(self) -> dict[RopeConfig, tuple[np.ndarray, float]]:

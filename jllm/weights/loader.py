@@ -20,7 +20,7 @@ from jllm.models.base import ParamSpec, Part, parameter_bytes
 from jllm.weights.formats import checkpoint_tensors
 from jllm.weights.host_memory import HostMemory
 from jllm.weights.hub import CheckpointFiles
-from jllm.weights.lazy import CheckpointTensor
+from jllm.weights.lazy import CheckpointTensor, Readable
 from jllm.weights.parts import fitted_shape, part_view
 
 NEVER_USED = (
@@ -65,7 +65,7 @@ class Section:
         """Places it takes along a dimension of the parameter."""
         return self.shape[axis] * (self.repeat if axis == 0 else 1)
 
-    def view(self, stored: np.ndarray) -> np.ndarray:
+    def view(self, stored: Readable) -> Readable:
         """The share of an array of the tensor's shape; see `part_view`."""
         return part_view(self.part, self.shape, stored)
 

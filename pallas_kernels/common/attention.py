@@ -148,8 +148,32 @@ def attend_dense(
     options: ScoreOptions,
 ) -> Float[Array, "Q H D"]:
     """Attends queries of one sequence to its whole table at once; differentiable."""
+    tile = load_blocks(cache, block_table, 0, length, queries.q.dtype)
+    weights, total = _dense_softmax(queries, cache, tile, options)
+    products = jnp.einsum("kqgn,knd->kqgd", weights, tile.values)
+    return _normalised(products, total, queries.q)
+
+
+def dense_weights(
+    queries: QueryTile,
+    cache: Cache,
+    block_table: Int[Array, " M"],
+    length: Int[Array, ""],
+    options: ScoreOptions,
+) -> Float[Array, "Q H N"]:
+    """How much of each place of the table a query takes; zero where it sees nothing."""
+    tile = load_blocks(cache, block_table, 0, length, queries.q.dtype)
+    weights, total = _dense_softmax(queries, cache, tile, options)
+    weights = weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+    num_queries, num_heads, _ = queries.q.shape
+    return weights.transpose(1, 0, 2, 3).reshape(num_queries, num_heads, -1)
+
+
+def _dense_softmax(
+    queries: QueryTile, cache: Cache, tile: KeyTile, options: ScoreOptions
+) -> tuple[Float[Array, "K Q G N"], Float[Array, "K Q G"]]:
+    """Weights of all places of a table, and their sum, a sink's included."""
     q, positions = queries
-    tile = load_blocks(cache, block_table, 0, length, q.dtype)
     visible = _visible(positions, tile.positions, options)
     scores = _scores(_grouped(q, cache), positions, tile, visible, options)
     sinks = _sinks(options, scores)
@@ -158,8 +182,7 @@ def attend_dense(
     weights = jnp.exp(scores - peak[..., None])
     weights = jnp.where(visible[None, :, None, :], weights, 0)
     total = weights.sum(axis=-1) + jnp.where(sinks > MASKED, jnp.exp(sinks - peak), 0)
-    products = jnp.einsum("kqgn,knd->kqgd", weights, tile.values)
-    return _normalised(products, total, q)
+    return weights, total
 
 
 def attend_blocked(

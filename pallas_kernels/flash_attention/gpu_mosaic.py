@@ -184,7 +184,8 @@ def _forward(arrays: Arrays, rules: Rules, *, target: Target) -> tuple[Array, Ar
     def flash_attention_forward(*refs: Any) -> None:
         *given, out_ref, lse_ref = refs[: len(leaves) + 2]
         ring = _Ring(*refs[len(leaves) + 2 :])
-        _kernel(*jax.tree.unflatten(tree, given), (out_ref, lse_ref), ring, call)
+        live, refs_of_inputs = jax.tree.unflatten(tree, given)
+        _kernel(live, refs_of_inputs, (out_ref, lse_ref), ring, call)
 
     out, lse = plgpu.kernel(
         flash_attention_forward,

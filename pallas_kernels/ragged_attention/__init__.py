@@ -2,6 +2,10 @@
 
 from pallas_kernels.common.kv_update import NewTokens
 from pallas_kernels.ragged_attention.api import ragged_attention, tile_layout
+from pallas_kernels.ragged_attention.reference import (
+    attend_by_weights,
+    ragged_attention_weights,
+)
 from pallas_kernels.ragged_attention.tiles import (
     TileLayout,
     TileTable,
@@ -15,8 +19,10 @@ __all__ = [
     "TileLayout",
     "TileTable",
     "TokenRuns",
+    "attend_by_weights",
     "make_tiles",
     "ragged_attention",
     "ragged_attention_update",
+    "ragged_attention_weights",
     "tile_layout",
 ]

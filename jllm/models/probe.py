@@ -1,0 +1,84 @@
+"""Named activations of a forward pass: looked at, or changed, where they arise."""
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+
+from jax import Array
+from jaxtyping import Shaped
+
+Edit = Callable[[Array], Array]
+"""A pure function from an activation to what takes its place."""
+
+Edits = Mapping[str, Edit]
+"""Edits by the names, or patterns of names, of the activations that they change."""
+
+
+class Probe:
+    """Collects and changes activations while one forward pass is traced.
+
+    A pattern is a name in which `*` stands for anything, as in `layers.*.mlp.out`. An
+    activation is edited first, then captured, then used.
+
+    Args:
+        names: Activations that the model has.
+        capture: Patterns of those to collect.
+        edit: What changes which; several edits of one activation follow each other.
+
+    Raises:
+        ValueError: A pattern matches no activation.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        capture: Sequence[str] = (),
+        edit: Edits | None = None,
+    ) -> None:
+        """Finds out which activations the patterns mean."""
+        edit = edit or {}
+        self.captured: dict[str, Array] = {}
+        self._captures = frozenset(
+            name for pattern in capture for name in _matching(pattern, names, "capture")
+        )
+        self._edits: dict[str, list[Edit]] = {}
+        for pattern, function in edit.items():
+            for name in _matching(pattern, names, "edit"):
+                self._edits.setdefault(name, []).append(function)
+
+    def wants(self, name: str) -> bool:
+        """Whether the activation is collected or changed."""
+        return name in self._captures or name in self._edits
+
+    def __call__(self, name: str, value: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """The activation as it is used from here on.
+
+        Raises:
+            ValueError: An edit changes its shape or type.
+        """
+        for edit in self._edits.get(name, ()):
+            changed = edit(value)
+            if (changed.shape, changed.dtype) != (value.shape, value.dtype):
+                raise ValueError(
+                    f"edit[{name!r}] gives {changed.dtype}{list(changed.shape)}, "
+                    f"expected {value.dtype}{list(value.shape)}"
+                )
+            value = changed
+        if name in self._captures:
+            self.captured[name] = value
+        return value
+
+
+def _matching(pattern: str, names: Sequence[str], field: str) -> list[str]:
+    found = fnmatch.filter(names, pattern)
+    if not found:
+        kinds = sorted({_kind(name) for name in names})
+        raise ValueError(
+            f"{field}={pattern!r} matches no activation; there are {', '.join(kinds)}"
+        )
+    return found
+
+
+def _kind(name: str) -> str:
+    """The name without the number of its layer."""
+    first, *rest = name.split(".")
+    return ".".join([first, "*", *rest[1:]]) if rest else first
