@@ -108,7 +108,10 @@ def check_unused_places(attend, problem):
 
 def check_blocks_outside(attend, problem, blocks=BAD_BLOCKS):
     """Blocks that the pool does not have give what its first or last one gives."""
-    problem = dataclasses.replace(problem, kv=np.nan_to_num(problem.kv))
+    # Not numpy's nan_to_num, which knows no bfloat16.
+    is_nan = np.isnan(problem.kv.astype(np.float32))
+    kv = np.where(is_nan, np.zeros_like(problem.kv), problem.kv)
+    problem = dataclasses.replace(problem, kv=kv)
     for bad in blocks:
         tables = problem.block_tables.copy()
         tables[:, 0] = bad

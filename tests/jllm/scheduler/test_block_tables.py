@@ -95,9 +95,9 @@ def test_reserved_blocks_are_kept_for_their_owner(tables):
     tables.reserve(one, 6)
     (full,) = tables.groups
     assert full.num_available == 2
-    assert not full.admits((), 3, 0)
-    assert full.admits((), 2, 0)
-    assert not full.admits((), 2, 1)
+    assert not full.admits((), None, 3, 0)
+    assert full.admits((), None, 2, 0)
+    assert not full.admits((), None, 2, 1)
     assert tables.grow(other, 12) is None
     assert len(tables.grow(other, 8)) == 2
     assert len(tables.grow(one, 20)) == 5

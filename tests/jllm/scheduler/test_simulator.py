@@ -99,8 +99,8 @@ def forgetful(wrapped):
 def same_for_all(match_windows):
     """Windows are looked for at the end of what the whole context has."""
 
-    def match(self, request, blocks):
-        found = match_windows(self, request, blocks)
+    def match(self, request, blocks, num_tokens):
+        found = match_windows(self, request, blocks, num_tokens)
         return dataclasses.replace(found, num_tokens=len(blocks) * self._block_size)
 
     return match
