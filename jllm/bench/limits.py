@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jllm.bench.statistics import RequestTiming
-from jllm.models.hf_config import read_heads, read_integer
 
 READ_BYTES = {"cpu": 2**28, "gpu": 2**32, "tpu": 2**31}
 MATRIX_SIZE = {"cpu": 1536, "gpu": 8192, "tpu": 8192}
@@ -140,6 +139,8 @@ class ModelCost:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dtype: str) -> "ModelCost | None":
         """Reads a config.json; None for a model with experts or without attention."""
+        from jllm.models.hf_config import read_heads, read_integer
+
         if any("expert" in key for key in config) or "text_config" in config:
             return None
         num_heads, num_kv_heads, head_dim = read_heads(config)

@@ -15,8 +15,6 @@ from jllm.bench.statistics import percentile
 from jllm.config import EngineConfig
 from jllm.errors import InvalidRequestError
 from jllm.flags import add_flags, given_values
-from jllm.models.hf_config import read_integer
-from jllm.weights.hub import read_json, resolve_model
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 SAMPLE_SECONDS = 0.02
@@ -62,6 +60,8 @@ def engine_config(options: argparse.Namespace) -> Generator[EngineConfig]:
         return
     if options.model is not None:
         raise InvalidRequestError("give either --model or --random-weights")
+    from jllm.weights.hub import read_json
+
     path = Path(options.random_weights).expanduser()
     given |= {"load_format": "random", "skip_tokenizer_init": True}
     if path.is_dir():
@@ -94,6 +94,8 @@ class ModelShape:
         """Reads the model's settings; loads no weights."""
         from jllm.engine.create import DEFAULT_MODEL
         from jllm.engine.options import saved_dtype
+        from jllm.models.hf_config import read_integer
+        from jllm.weights.hub import resolve_model
 
         files = resolve_model(
             config.model or str(DEFAULT_MODEL),

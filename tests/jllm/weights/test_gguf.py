@@ -298,7 +298,7 @@ def test_rope_factors_are_a_setting(tmp_path):
     decoder = build_model(config, ModelOptions())
     from jllm.layers.rope import rope_frequencies
 
-    found, scale = rope_frequencies(decoder.config.rope, 256)
+    found, scale = rope_frequencies(decoder.config.layers[0].rope, 256)
     expected = 10000.0 ** -(np.arange(0, 32, 2) / 32) / factors
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert scale == 1.0
