@@ -82,7 +82,6 @@ def cached_attention(
     kv: Shaped[Array, "B 2 K P W"],
     batch: Batch,
     options: AttentionOptions,
-    alibi_slopes: Float[Array, " H"] | None = None,
 ) -> tuple[Float[Array, "T H D"], Shaped[Array, "B 2 K P W"]]:
     """Normalises and rotates the heads, writes keys and values, then attends.
 
@@ -96,25 +95,17 @@ def cached_attention(
         kv: The layer's pool.
         batch: The step's tokens.
         options: How to attend.
-        alibi_slopes: By how much each head's scores fall with the distance.
     """
     local = partial(_write_and_attend, options=options)
     if options.mesh is not None:
         local = jax.shard_map(
             local,
             mesh=options.mesh,
-            in_specs=(
-                HEADS,
-                EVERYWHERE,
-                EVERYWHERE,
-                KV_HEADS,
-                EVERYWHERE,
-                PartitionSpec("tensor"),
-            ),
+            in_specs=(HEADS, EVERYWHERE, EVERYWHERE, KV_HEADS, EVERYWHERE),
             out_specs=(HEADS, KV_HEADS),
             check_vma=False,
         )
-    return local(heads, rotation, norms, kv, batch, alibi_slopes)
+    return local(heads, rotation, norms, kv, batch)
 
 
 def explicit_attention(
@@ -124,7 +115,6 @@ def explicit_attention(
     kv: Shaped[Array, "B 2 K P W"],
     batch: Batch,
     options: AttentionOptions,
-    alibi_slopes: Float[Array, " H"] | None,
     change: Callable[[Array], Array],
 ) -> Float[Array, "T H D"]:
     """Attention with its weights in memory, where they can be seen and changed.
@@ -136,13 +126,10 @@ def explicit_attention(
         kv: The layer's pool, the new tokens already written.
         batch: The step's tokens.
         options: How to attend.
-        alibi_slopes: By how much each head's scores fall with the distance.
         change: From the weights f32[T, H, C] to those that are used; `C` counts the
             positions that a block table holds.
     """
-    scores = ScoreOptions(
-        options.scale, options.window, options.soft_cap, alibi_slopes=alibi_slopes
-    )
+    scores = ScoreOptions(options.scale, options.window, options.soft_cap)
     q, _, _ = _prepared(heads, rotation, norms, kv.shape[-1])
     runs = (batch.block_tables, batch.row_starts, batch.lengths)
     weights = change(ragged_attention_weights(q, kv, *runs, scores))
@@ -181,13 +168,10 @@ def _write_and_attend(
     norms: HeadNorms | None,
     kv: Array,
     batch: Batch,
-    alibi_slopes: Array | None,
     *,
     options: AttentionOptions,
 ) -> tuple[Array, Array]:
-    scores = ScoreOptions(
-        options.scale, options.window, options.soft_cap, alibi_slopes=alibi_slopes
-    )
+    scores = ScoreOptions(options.scale, options.window, options.soft_cap)
     head_dim = heads.q.shape[-1]
     tables, lengths = batch.block_tables, batch.lengths
     if batch.is_decode and options.stores_while_attending:

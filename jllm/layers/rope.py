@@ -84,18 +84,6 @@ def pairs_apart(x: Float[Array, "T N D"], rotary_dim: int) -> Float[Array, "T N 
     return jnp.concatenate([apart, x[:, :, rotary_dim:]], axis=2)
 
 
-def alibi_slopes(num_heads: int) -> Float[np.ndarray, " H"]:
-    """By how much each head's scores fall with the distance.
-
-    A geometric sequence down to 2 ** -8 for a power of two; other counts take every
-    other term of the sequence of the next one. Source: ALiBi, arXiv:2108.12409.
-    """
-    power = 2 ** (num_heads.bit_length() - 1)
-    first = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
-    more = 2.0 ** (-4.0 * np.arange(1, 2 * (num_heads - power), 2) / power)
-    return np.concatenate([first, more])
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class RopeConfig:
     """Rotary position embedding of a model.

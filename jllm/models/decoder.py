@@ -34,7 +34,6 @@ from jllm.layers.norm import normalise, normalise_heads
 from jllm.layers.rope import (
     RopeConfig,
     Rotation,
-    alibi_slopes,
     pairs_apart,
     rope_frequencies,
     rotation_of,
@@ -338,13 +337,10 @@ class Decoder:
             self._head_norms(layer.weights, layer.index),
         )
         options = self._attention_options[layer.index]
-        alibi = self._alibi_slopes
-        attended, pool = cached_attention(*arguments, pool, layer.batch, options, alibi)
+        attended, pool = cached_attention(*arguments, pool, layer.batch, options)
         if layer.wants("attn.probs"):
             see = partial(layer.probe, "attn.probs")
-            attended = explicit_attention(
-                *arguments, pool, layer.batch, options, alibi, see
-            )
+            attended = explicit_attention(*arguments, pool, layer.batch, options, see)
         flat = attended.reshape(attended.shape[0], -1)
         return linear(flat, own["out"], own.get("out_bias")), pool
 
@@ -441,10 +437,3 @@ class Decoder:
         return tuple(
             dataclasses.replace(common, window=window) for window in self.windows
         )
-
-    @property
-    def _alibi_slopes(self) -> Array | None:
-        scale = self.config.attention.alibi
-        if scale is None:
-            return None
-        return jnp.asarray(alibi_slopes(self.config.num_heads) * scale, jnp.float32)

@@ -86,8 +86,6 @@ class AttentionConfig:
         head_norms: Norms of queries and keys; None for none.
         interleaved: Whether RoPE turns feature 2 i with 2 i + 1, rather than i with the
             one half a head further.
-        alibi: Factor on the slopes by which each head's scores fall with the distance;
-            None where they do not.
     """
 
     scale: float | None = None
@@ -96,7 +94,6 @@ class AttentionConfig:
     out_bias: bool = False
     head_norms: HeadNormConfig | None = None
     interleaved: bool = False
-    alibi: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

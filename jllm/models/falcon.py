@@ -14,7 +14,6 @@ from jllm.models.decoder_config import (
     AttentionConfig,
     BlockConfig,
     EmbeddingConfig,
-    LayerConfig,
     MlpConfig,
     Names,
 )
@@ -36,6 +35,8 @@ def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:
         ConfigError: The options do not fit the model's shape.
     """
     require_value(config, "head_dim", ())
+    # Trained with slopes times positions in bfloat16, which no kernel rounds alike.
+    require_value(config, "alibi", (False,))
     width = read_integer(config, "hidden_size")
     shape = read_decoder(
         {
@@ -45,12 +46,7 @@ def make(config: Mapping[str, Any], options: ModelOptions) -> Decoder:
         }
     )
     bias = read_flag(config, "bias", False)
-    alibi = shape.head_dim**-0.5 if read_flag(config, "alibi", False) else None
-    attention = AttentionConfig(qkv_bias=bias, out_bias=bias, alibi=alibi)
-    if alibi:
-        shape = dataclasses.replace(
-            shape, layers=(LayerConfig(None),) * shape.num_layers
-        )
+    attention = AttentionConfig(qkv_bias=bias, out_bias=bias)
     shape = dataclasses.replace(
         shape,
         norm=NormKind(

@@ -10,8 +10,8 @@ from jllm.text.embedding import make_embedding
 from jllm.types import EngineRequest, SamplingParams
 from tests.engines import drain, request
 from tests.parity.oracle import (
-    FAMILIES,
     TOLERANCE,
+    WHOLE,
     checkpoint,
     engine_for,
     random_prompt,
@@ -64,7 +64,7 @@ def vectors(engine, requests, on_step=None):
     return {output.request_id: output.pooled for output in own}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_alone_and_in_a_batch(family, pooling):
     engine = shared_engine(family)

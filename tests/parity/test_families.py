@@ -129,9 +129,8 @@ MODELS = {
     "falcon": {**FALCON, "tie_word_embeddings": True},
     "falcon-new": FALCON_NEW,
     "falcon-one-norm": {**FALCON_NEW, "num_ln_in_parallel_attn": 1},
-    "falcon-alibi": {
+    "falcon-serial": {
         **FALCON,
-        "alibi": True,
         "multi_query": False,
         "parallel_attn": False,
         "bias": True,
@@ -178,7 +177,7 @@ def saved_model(name, **sizes):
 
 
 NAMES = [*MODELS, "internlm2", "internlm3"]
-ONE_EACH = [name for name in NAMES if "-" not in name] + ["falcon-new", "falcon-alibi"]
+ONE_EACH = [name for name in NAMES if "-" not in name] + ["falcon-new"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -215,7 +214,9 @@ def test_logits_in_bfloat16_are_near(name):
     tokens = random_prompt(LENGTH)
     logits = network(saved.folder, "bfloat16").logits(tokens, PIECES["chunked"])
     expected = saved.logits(tokens)
-    np.testing.assert_allclose(vocabulary(logits), expected, rtol=0, atol=0.15)
+    errors = np.abs(vocabulary(logits) - expected)
+    assert errors.mean() < 0.03
+    assert errors.max() < 0.5
 
 
 # Heads that four devices share, so that two KV heads are kept twice.

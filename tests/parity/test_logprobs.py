@@ -7,9 +7,9 @@ import pytest
 
 from tests.engines import request
 from tests.parity.oracle import (
-    FAMILIES,
     TOLERANCE,
     VOCAB,
+    WHOLE,
     check_entry,
     checkpoint,
     engine_for,
@@ -37,7 +37,7 @@ def after_prompt(saved, prompt, tokens):
     return saved.logprobs(prompt + tokens)[len(prompt) - 1 : -1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE)
 def test_sampled_tokens(family):
     """All ways of sampling in one batch: own score, rank, and the best five."""
     saved = checkpoint(family)
@@ -86,7 +86,7 @@ def test_the_whole_vocabulary():
         check_entry(entry, row, count=VOCAB)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE)
 def test_asked_for_tokens(family):
     saved, prompt = checkpoint(family), random_prompt(33)
     asked = (330, 5, 0, 77)
@@ -103,7 +103,7 @@ def test_asked_for_tokens(family):
         assert entry.logprob == pytest.approx(row[entry.token_id], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE)
 @pytest.mark.parametrize("prompt_logprobs", [0, 5])
 def test_prompt_of_several_chunks(family, prompt_logprobs):
     """The prompt is cached already, and other requests run beside it."""

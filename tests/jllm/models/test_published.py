@@ -217,6 +217,7 @@ def test_parts_without_a_shape_are_not_counted():
 
 
 REFUSED = [
+    ("FalconForCausalLM", {"alibi": True}, "alibi=True"),
     ("LlamaForCausalLM", {"pretraining_tp": 2}, "pretraining_tp=2"),
     ("LlamaForCausalLM", {"hidden_act": "xielu"}, "hidden_act='xielu'"),
     ("MistralForCausalLM", {"sliding_window": 0}, "sliding_window=0"),
