@@ -97,9 +97,6 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
         "kv_cache_dtype": kv_dtype,
         "tensor_parallel_size": size,
         **sizes,
-        "max_model_len": context,
-        "context_bytes": context * summary.kv_bytes_per_token,
-        "context_bytes_per_device": context * summary.kv_bytes_per_token_per_device,
         "checkpoint": _checkpoint(files, model),
         "table": rows,
     }

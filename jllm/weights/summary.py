@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jllm.models.base import Model, ParamSpec
+from jllm.models.base import Model, published_parameter_count
 from shardings.mesh import abstract_mesh
 from shardings.place import tree_shardings
 
@@ -51,6 +51,10 @@ class ModelSummary:
         weight_bytes_per_device: Bytes of a device's share, padding and copies included.
         kv_bytes_per_token: Bytes of a token in the caches of all layers, on one device.
         kv_bytes_per_token_per_device: Bytes of a device's heads, copied ones included.
+        max_model_len: Tokens of the context that is sized.
+        context_bytes: Bytes of such a context, of which a layer with a window keeps the
+            newest tokens, on one device.
+        context_bytes_per_device: Bytes of a device's heads.
         rows: The sharding table.
     """
 
@@ -59,6 +63,9 @@ class ModelSummary:
     weight_bytes_per_device: int
     kv_bytes_per_token: int
     kv_bytes_per_token_per_device: int
+    max_model_len: int
+    context_bytes: int
+    context_bytes_per_device: int
     rows: tuple[ParameterRow, ...]
 
 
@@ -83,30 +90,19 @@ def summarize(model: Model, alone: Model) -> ModelSummary:
         _row(name, spec_shape, axes, place, len(names), dtype)
         for (name, spec_shape, axes, place), names in found.items()
     )
-    parameters = checkpoint_parameters(specs)
+    parameters = published_parameter_count(specs)
+    size, context = model.options.tensor_size, model.options.max_model_len
     return ModelSummary(
         parameters=parameters,
         weight_bytes=parameters * dtype.itemsize,
         weight_bytes_per_device=sum(row.bytes_per_device for row in rows),
         kv_bytes_per_token=_kv_bytes(alone),
-        kv_bytes_per_token_per_device=_kv_bytes(model) // model.options.tensor_size,
+        kv_bytes_per_token_per_device=_kv_bytes(model) // size,
+        max_model_len=context,
+        context_bytes=_kv_bytes(alone, context),
+        context_bytes_per_device=_kv_bytes(model, context) // size,
         rows=rows,
     )
-
-
-def checkpoint_parameters(specs: Any) -> int:
-    """Numbers in the checkpoint: no padding, no copies, each tensor once."""
-    sizes: dict[str, int] = {}
-    for spec in jax.tree.leaves(specs):
-        for part in spec.parts:
-            sizes[part.name] = math.prod(part.shape or _only_shape(spec))
-    return sum(sizes.values())
-
-
-def _only_shape(spec: ParamSpec) -> tuple[int, ...]:
-    if len(spec.parts) != 1 or spec.pad_axis is not None:
-        raise ValueError(f"the parts of {spec} must declare their shapes")
-    return spec.shape
 
 
 def _row(
@@ -135,8 +131,12 @@ def _entry(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def _kv_bytes(model: Model) -> int:
-    """Bytes per token in the caches of all layers."""
+def _kv_bytes(model: Model, num_tokens: int = 1) -> int:
+    """Bytes of so many tokens of a sequence, outside of windows only where needed."""
     block = 16
-    elements = math.prod(model.kv_shape(1, block)) // block * model.num_layers
-    return elements * np.dtype(model.kv_dtype).itemsize
+    elements = math.prod(model.kv_shape(1, block)) // block
+    places = sum(
+        len(group.layers) * min(num_tokens, group.window or num_tokens)
+        for group in model.cache_groups
+    )
+    return places * elements * np.dtype(model.kv_dtype).itemsize

@@ -7,6 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from jllm.cli import main
 from jllm.engine.create import DEFAULT_MODEL
+from tests.engines import LLAMA
 
 PUBLISHED = {
     "Qwen--Qwen3-0.6B": 596_049_920,
@@ -180,3 +181,15 @@ def test_an_architecture_that_is_not_supported(tmp_path, capsys):
     file.write_text('{"architectures": ["NoSuchForCausalLM"]}')
     assert main(["inspect", str(file)]) == 2
     assert "'NoSuchForCausalLM' is not supported" in capsys.readouterr().err
+
+
+def test_layers_with_a_window_keep_no_more_than_it(capsys, tmp_path):
+    config = {
+        **LLAMA,
+        "architectures": ["MistralForCausalLM"],
+        "max_position_embeddings": 4096,
+        "sliding_window": 100,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = inspect(capsys, tmp_path)
+    assert report["context_bytes"] == 100 * report["kv_bytes_per_token"]
