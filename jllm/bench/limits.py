@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jllm.bench.statistics import RequestTiming
+from jllm.errors import UnsupportedModelError
 
 READ_BYTES = {"cpu": 2**28, "gpu": 2**32, "tpu": 2**31}
 MATRIX_SIZE = {"cpu": 1536, "gpu": 8192, "tpu": 8192}
@@ -120,7 +121,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelCost:
-    """Bytes and operations that a dense decoder cannot do without.
+    """Bytes and operations that a decoder cannot do without.
 
     Attributes:
         layer_weights: Weights of all layers, embeddings not counted.
@@ -138,21 +139,20 @@ class ModelCost:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dtype: str) -> "ModelCost | None":
-        """Reads a config.json; None for a model with experts or without attention."""
-        from jllm.models.hf_config import read_heads, read_integer
+        """Reads a config.json; None for a model that jllm does not have."""
+        from jllm.models.base import ModelOptions, parameter_count
+        from jllm.models.registry import build_model
 
-        if any("expert" in key for key in config) or "text_config" in config:
+        try:
+            model = build_model(config, ModelOptions(dtype=dtype))
+        except UnsupportedModelError:
             return None
-        num_heads, num_kv_heads, head_dim = read_heads(config)
-        width = read_integer(config, "hidden_size")
-        num_layers = read_integer(config, "num_hidden_layers")
-        attention = width * (2 * num_heads + 2 * num_kv_heads) * head_dim
-        mlp = 3 * width * read_integer(config, "intermediate_size")
+        layers = model.specs()["layers"]
         return cls(
-            layer_weights=num_layers * (attention + mlp),
-            head_weights=read_integer(config, "vocab_size") * width,
-            attention_width=num_layers * num_heads * head_dim,
-            kv_elements=2 * num_layers * num_kv_heads * head_dim,
+            layer_weights=parameter_count(layers),
+            head_weights=model.vocab_size * model.width,
+            attention_width=sum(layer["out"].shape[1] for layer in layers),
+            kv_elements=math.prod(model.kv_shape(1, 1)) * model.num_layers,
             item_bytes=ITEM_BYTES[dtype],
         )
 

@@ -6,6 +6,7 @@ from jllm.bench.limits import MachineLimits, ModelCost, RunCost, measure_limits
 from jllm.bench.statistics import RequestTiming
 
 QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"],
     "hidden_size": 1024,
     "intermediate_size": 3072,
     "num_hidden_layers": 28,
@@ -15,6 +16,7 @@ QWEN3_06B = {
     "vocab_size": 151936,
 }
 LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
@@ -52,7 +54,24 @@ def test_float32_is_twice_as_much():
 
 
 def test_shapes_that_are_not_counted():
-    assert ModelCost.from_config({**LLAMA_8B, "num_experts": 8}, "float32") is None
+    experts = {**LLAMA_8B, "architectures": ["MixtralForCausalLM"], "num_experts": 8}
+    assert ModelCost.from_config(experts, "float32") is None
+
+
+def test_another_family_is_counted_by_its_own_weights():
+    """GPT-2: 12 layers of 12 E ** 2 and their biases, no gate; 2 E cached numbers."""
+    gpt2 = {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+    }
+    cost = ModelCost.from_config(gpt2, "float32")
+    assert cost.layer_weights == 12 * (12 * 768**2 + 9 * 768)
+    assert cost.head_weights == 50257 * 768
+    assert cost.kv_bytes == 4 * 12 * 2 * 768
 
 
 def test_run():
