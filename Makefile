@@ -85,7 +85,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports --no-logo
 
 parity: $(VENV)/.installed-torch
-	$(PYTEST) tests/parity $(PYTEST_ARGS)
+	$(PYTEST) tests/parity --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 aot: $(VENV)/.installed-aot
 	$(PYTEST) tests/aot $(PYTEST_ARGS)

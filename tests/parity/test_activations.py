@@ -64,6 +64,11 @@ def hooked(model, tokens):
     return seen
 
 
+def forward_of(model):
+    """One program per batch shape and capture, rather than one per operation."""
+    return jax.jit(model.forward, static_argnames="capture")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_captured_activations_are_those_of_transformers(name):
     saved = checkpoint(**MODELS[name])
@@ -72,7 +77,8 @@ def test_captured_activations_are_those_of_transformers(name):
     model, weights = jllm.load(str(saved.folder))
     batch = jllm.Batch.from_prompts([random_prompt(5, seed=1), tokens])
     kv = model.init_kv(batch.block_tables.size, 16)
-    _, _, seen = model.forward(weights, kv, batch, capture=["layers.*", "final"])
+    names = ("layers.*", "final")
+    _, _, seen = forward_of(model)(weights, kv, batch, capture=names)
     for activation, values in expected.items():
         got = np.asarray(seen[activation])[5:]
         if activation.endswith("probs"):
@@ -85,15 +91,15 @@ def test_activations_of_a_cached_prefix_and_of_chunks_are_those_of_the_whole():
     tokens = random_prompt(LENGTH)
     model, weights = jllm.load(str(saved.folder))
     kv = model.init_kv(2, 16)
-    expected = model.forward(
-        weights, kv, jllm.Batch.from_prompts([tokens]), capture=["*"]
-    )[2]
+    forward = forward_of(model)
+    whole = jllm.Batch.from_prompts([tokens])
+    _, _, expected = forward(weights, kv, whole, capture=("*",))
     done = 0
     for count in (9, 11, 1):
         batch = jllm.Batch.from_prompts(
             [tokens[done : done + count]], num_cached=[done], max_len=32
         )
-        _, kv, seen = model.forward(weights, kv, batch, capture=["*"])
+        _, kv, seen = forward(weights, kv, batch, capture=("*",))
         for name, values in seen.items():
             np.testing.assert_allclose(
                 values, expected[name][done : done + count], atol=1e-5, err_msg=name
@@ -119,7 +125,7 @@ def test_gradients_of_weights_are_those_of_torch():
     ids = torch.tensor([tokens])
     saved.model(ids, labels=ids).loss.backward()
     model, weights = jllm.load(str(saved.folder))
-    gradients = jax.grad(loss)(weights, model, tokens)
+    gradients = jax.jit(jax.grad(lambda tree: loss(tree, model, tokens)))(weights)
     own = dict(saved.model.named_parameters())
     vocab = model.vocab_size
     for got, name in [
@@ -139,7 +145,8 @@ def test_gradients_of_activations_are_finite_differences(name):
     tokens = random_prompt(LENGTH)
     batch = jllm.Batch.from_prompts([tokens])
     kv = model.init_kv(batch.block_tables.size, 16)
-    shape = model.forward(weights, kv, batch, capture=[name])[2][name].shape
+    run = jax.eval_shape(forward_of(model), weights, kv, batch, capture=(name,))
+    shape = run[2][name].shape
 
     def shifted(delta):
         return loss(weights, model, tokens, edit={name: lambda x: x + delta})
@@ -147,7 +154,7 @@ def test_gradients_of_activations_are_finite_differences(name):
     direction = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     direction = jnp.asarray(direction / np.linalg.norm(direction))
     along = jax.jit(lambda step: shifted(step * direction))
-    slope = jnp.sum(jax.grad(shifted)(jnp.zeros(shape)) * direction)
+    slope = jnp.sum(jax.jit(jax.grad(shifted))(jnp.zeros(shape)) * direction)
     width = 0.02
     difference = (along(width) - along(-width)) / (2 * width)
     assert abs(slope) > 1e-4
