@@ -4,9 +4,8 @@ import atexit
 import contextlib
 import logging
 import queue
-import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,9 +16,6 @@ from jllm.types import EngineRequest, StepOutputs
 logger = logging.getLogger("jllm")
 
 SHUT_DOWN = "the engine was shut down"
-SWITCH_INTERVAL = 0.0005
-"""Seconds for which another thread keeps the interpreter when this one could go on; of
-Python's own, 5 ms, the device would wait for a large part."""
 
 
 @runtime_checkable
@@ -190,7 +186,7 @@ class EngineLoop:
     def _run(self) -> None:
         stopped = EngineStoppedError(SHUT_DOWN)
         try:
-            with self._garbage, _quick_switches():
+            with self._garbage:
                 self._work()
         # Whatever a step failed with, those who wait for it have to be told.
         except Exception as error:
@@ -245,17 +241,6 @@ class EngineLoop:
         self._outlet.fail(error)
         self._unfinished.clear()
         self._engine.close()
-
-
-@contextlib.contextmanager
-def _quick_switches() -> Generator[None]:
-    """Lets threads take turns quickly; for the whole process, left as it was found."""
-    previous = sys.getswitchinterval()
-    sys.setswitchinterval(min(previous, SWITCH_INTERVAL))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(previous)
 
 
 class _Call:

@@ -1,12 +1,11 @@
 """The engine's thread: order, errors, failure, shutdown."""
 
-import sys
 import threading
 import time
 
 import pytest
 
-from jllm.engine.loop import SWITCH_INTERVAL, EngineLoop
+from jllm.engine.loop import EngineLoop
 from jllm.errors import EngineStoppedError, InvalidRequestError
 from jllm.types import EngineRequest, SamplingParams
 from tests.fakes import FakeEngine
@@ -106,14 +105,6 @@ def test_no_steps_without_requests(make):
     loop = make()
     loop.call(lambda: None).result(SECONDS)
     assert loop._engine.num_steps == 0
-
-
-def test_threads_take_turns_quickly_while_it_works(make):
-    before = sys.getswitchinterval()
-    loop = make()
-    assert loop.call(sys.getswitchinterval).result(SECONDS) == SWITCH_INTERVAL < before
-    loop.close()
-    assert sys.getswitchinterval() == before
 
 
 def test_abort_silences_the_sink(make):
