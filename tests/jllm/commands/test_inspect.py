@@ -18,7 +18,7 @@ PUBLISHED = {
     "meta-llama--Meta-Llama-3.1-70B": 70_553_706_496,
     "meta-llama--Meta-Llama-3.1-405B": 405_853_388_800,
 }
-"""Parameters as the model cards' safetensors metadata have them."""
+"""Parameters that these models are known to have."""
 KEYS = [
     "model",
     "architecture",

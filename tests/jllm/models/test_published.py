@@ -43,8 +43,9 @@ def sizes(*values, **more):
     return dict(zip(KEYS, values, strict=True)) | more
 
 
-# Parameters as the models' cards on huggingface.co count them (the safetensors'
-# metadata; GPT-2 and Pythia without their masks). Sizes from their config.json files.
+# Parameters that these models are known to have, GPT-2 and Pythia without their masks;
+# neither these nor the sizes were compared with the files on huggingface.co. Of Granite
+# 3.3 and Command R7B it is what the declaration counts: a guard against change.
 PUBLISHED = {
     "openai-community/gpt2": ("GPT2LMHeadModel", GPT2, 124_439_808),
     "mistralai/Mistral-7B-v0.1": (
