@@ -138,6 +138,24 @@ def cpu_products() -> str:
     )
 
 
+def routing() -> str:
+    """Hits in the prefix cache by the way requests are routed to replicas."""
+    keys = ("trace", "routing", "replicas", "ticks_per_second")
+    return markdown(
+        ["trace", "replicas", "routing", "prompt tokens found", "busiest of mean"],
+        [
+            [
+                row["trace"],
+                row["replicas"],
+                row["routing"],
+                f"{row['hit_percent']:.1f} %",
+                f"{row['busiest_of_mean']:.2f} x",
+            ]
+            for row in latest(record.read("routing"), *keys)
+        ],
+    )
+
+
 def prefix_cache() -> str:
     """Throughput with the prefix cache on, of that with it off."""
     rows = latest(record.read("prefix_cache"), "model", "shared_percent")
@@ -472,6 +490,7 @@ TABLES: dict[str, Callable[[], str]] = {
         peer_ratios,
         peers,
         prefix_cache,
+        routing,
         sampling_draw,
         sampling_thresholds,
         server,
