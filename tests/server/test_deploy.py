@@ -5,6 +5,7 @@ import pathlib
 import re
 import types
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -36,6 +37,52 @@ def test_a_misspelt_field_would_be_found():
     document["spec"]["replica"] = 1
     with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
         kubernetes_validate.validate(document, "1.31", strict=True)
+
+
+SETS = [
+    *FOLDER.glob("jobset-*.yaml"),
+    *FOLDER.glob("leaderworkerset-*.yaml"),
+]
+SCHEMAS = pathlib.Path(__file__).parent / "schemas"
+
+
+def pods(node):
+    """The specs of all pods below a node."""
+    if isinstance(node, dict):
+        if "containers" in node:
+            return [node]
+        return [pod for value in node.values() for pod in pods(value)]
+    return [pod for value in node for pod in pods(value)] if type(node) is list else []
+
+
+def check_set(document):
+    """Validates a resource of several hosts, and its pods."""
+    schema = json.loads((SCHEMAS / f"{document['kind'].lower()}.json").read_text())
+    jsonschema.validate(document, schema)
+    for spec in pods(document):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}}
+        kubernetes_validate.validate(pod | {"spec": spec}, "1.31", strict=True)
+
+
+@pytest.mark.parametrize("manifest", SETS, ids=lambda path: path.stem)
+def test_sets_of_hosts_are_valid(manifest):
+    first, *others = documents(manifest)
+    check_set(first)
+    assert len(pods(first)) in (1, 2)
+    for document in others:
+        kubernetes_validate.validate(document, "1.31", strict=True)
+
+
+@pytest.mark.parametrize("manifest", SETS, ids=lambda path: path.stem)
+def test_a_misspelt_field_of_a_set_would_be_found(manifest):
+    first = documents(manifest)[0]
+    pods(first)[0]["containers"][0]["arguments"] = []
+    with pytest.raises(kubernetes_validate.ValidationError, match="arguments"):
+        check_set(first)
+    first = documents(manifest)[0]
+    first["spec"]["replicaz"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="replicaz"):
+        check_set(first)
 
 
 def test_compose_file_is_valid():
