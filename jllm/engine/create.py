@@ -9,6 +9,7 @@ import jax
 from jllm.config import EngineConfig, SchedulerConfig
 from jllm.engine.admission import Limits
 from jllm.engine.engine import Engine, EngineParts, ModelInfo
+from jllm.engine.executor import Executor
 from jllm.engine.memory import device_capacity
 from jllm.engine.options import resolve_options
 from jllm.engine.replicas import Replicas
@@ -23,6 +24,7 @@ from jllm.layers.kernels import Target
 from jllm.models.base import Model, ModelOptions, Weights
 from jllm.models.hf_config import read_integer
 from jllm.models.registry import build_model
+from jllm.sampling.rules import RuleLayout
 from jllm.scheduler.scheduler import Scheduler
 from jllm.weights.hub import CheckpointFiles, resolve_model
 from jllm.weights.loader import load_weights
@@ -182,16 +184,15 @@ def _assemble(plan: StartPlan, compiling: Compiling, weights: Weights) -> Engine
         eos_token_ids=eos_token_ids(plan.files),
         width=model.width,
     )
+    mask_words = RuleLayout(model.padded_vocab_size).sizes["allowed"]
     return Engine(
         EngineParts(
             model=model,
-            weights=weights,
+            executor=Executor(weights, programs, plan.place, mask_words),
             scheduler=scheduler,
-            programs=programs,
             options=options,
             limits=limits,
             info=ModelInfo(plan.files.path, default_sampling(config, plan.files)),
-            place=plan.place,
             overlap=config.overlap,
             seed=config.seed,
         )

@@ -305,7 +305,7 @@ class Programs:
             ready = [key for key in ready if self._is_ready(self._sampler_of(key))]
         if not ready:
             ready = [("prefill", sizes.tokens[-1])]
-        return self._layout_and_program(*ready[0])
+        return self.named(*ready[0])
 
     def get(self, kind: str, size: int) -> Compiled:
         """A program; waits until it is compiled, before all others that are not yet."""
@@ -315,7 +315,14 @@ class Programs:
 
     def largest_prefill(self) -> Any:
         """Layout and program of the largest prefill size."""
-        return self._layout_and_program("prefill", self._options.sizes.tokens[-1])
+        return self.named("prefill", self._options.sizes.tokens[-1])
+
+    def named(self, kind: str, size: int) -> tuple[InputLayout, Compiled]:
+        """Layout and program of a step; waits for it."""
+        layout = self._layouts.get((kind, size))
+        if layout is None:
+            layout = self._layouts[kind, size] = self._options.layout(kind, size)
+        return layout, self.get(kind, size)
 
     def sampler(self, num_rows: int) -> Compiled:
         """The sampler program for a step of `num_rows` rows; waits for it."""
@@ -363,12 +370,6 @@ class Programs:
     def _sampler_of(self, key: tuple[str, int]) -> tuple[str, int]:
         kind, size = key
         return "sampler", size if kind == "decode" else self._table_rows
-
-    def _layout_and_program(self, kind: str, size: int) -> tuple[InputLayout, Compiled]:
-        layout = self._layouts.get((kind, size))
-        if layout is None:
-            layout = self._layouts[kind, size] = self._options.layout(kind, size)
-        return layout, self.get(kind, size)
 
     def _is_ready(self, key: tuple[str, int]) -> bool:
         future = self._futures.get(key)
