@@ -29,6 +29,20 @@ from jllm.sampling.sampler import SamplerOptions
 from jllm.sampling.transforms import ThresholdSearch
 
 
+def local_zeros(description: jax.ShapeDtypeStruct) -> jax.Array:
+    """This host's part of an array of zeros that many hosts share.
+
+    No program of all hosts runs, so that it needs no place in their common order.
+    """
+    shape, place = description.shape, description.sharding
+    assert place is not None
+    shards = [
+        jnp.zeros(place.shard_shape(shape), description.dtype, device=device)
+        for device in place.addressable_devices
+    ]
+    return jax.make_array_from_single_device_arrays(shape, place, shards)
+
+
 def empty_state(description: EngineState) -> EngineState:
     """A state without requests: zeros, since a NaN in an unused place would spread."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), description)
@@ -90,6 +104,9 @@ class ProgramBuilder:
 
     def init_state(self) -> Executable:
         """Makes the empty state where it will live."""
+        if self._place.mesh.is_multi_process:
+            parts = partial(jax.tree.map, local_zeros, self._state)
+            return Executable(parts, frozenset())
         places = jax.tree.map(lambda leaf: leaf.sharding, self._state)
         make = self._named(partial(empty_state, self._state))
         make = jax.jit(make, out_shardings=places)

@@ -173,6 +173,19 @@ class Builder(Protocol):
         ...
 
 
+@runtime_checkable
+class Readiness(Protocol):
+    """What hosts tell each other of their programs."""
+
+    def note_ready(self, num_blocks: int, key: tuple[str, int]) -> None:
+        """Tells that a program can be used here, for a pool of so many blocks."""
+        ...
+
+    def is_ready(self, num_blocks: int, key: tuple[str, int]) -> bool:
+        """Whether it can be used by the other hosts."""
+        ...
+
+
 def num_compile_threads() -> int:
     """Programs compiled at a time.
 
@@ -204,6 +217,7 @@ class Programs:
         builder: Compiles a program.
         options: Sizes.
         store: Where executables are loaded from and written to, if anywhere.
+        readiness: What the other hosts have, where there are some.
     """
 
     def __init__(
@@ -211,9 +225,11 @@ class Programs:
         builder: Builder,
         options: ProgramOptions,
         store: ExecutableStore | None = None,
+        readiness: Readiness | None = None,
     ) -> None:
         """Compiles nothing yet."""
         self._builder, self._options, self._store = builder, options, store
+        self._readiness, self._num_awaited = readiness, 0
         self._lock = threading.Lock()
         self._futures: dict[tuple[str, int], Future[Compiled]] = {}
         self._empty: Future[EngineState] | None = None
@@ -310,8 +326,19 @@ class Programs:
     def get(self, kind: str, size: int) -> Compiled:
         """A program; waits until it is compiled, before all others that are not yet."""
         future = self._submit((kind, size))
+        if future.done():
+            return future.result()
         self._background.hasten(future)
-        return future.result()
+        self._num_awaited += 1
+        try:
+            return future.result()
+        finally:
+            self._num_awaited -= 1
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for a program to be compiled."""
+        return self._num_awaited > 0
 
     def largest_prefill(self) -> Any:
         """Layout and program of the largest prefill size."""
@@ -373,7 +400,10 @@ class Programs:
 
     def _is_ready(self, key: tuple[str, int]) -> bool:
         future = self._futures.get(key)
-        return future is not None and future.done()
+        if future is None or not future.done():
+            return False
+        readiness = self._readiness
+        return readiness is None or readiness.is_ready(self._options.num_blocks, key)
 
     def _submit(self, key: tuple[str, int]) -> Future[Compiled]:
         with self._lock:
@@ -393,4 +423,6 @@ class Programs:
             self._num_compiled += found is None
         if store and found is None:
             store.save(num_blocks, key, executable, trees)
+        if self._readiness is not None:
+            self._readiness.note_ready(num_blocks, key)
         return executable.program
