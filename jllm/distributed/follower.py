@@ -12,7 +12,7 @@ from jllm.distributed.channel import Channel, ChannelClosedError
 from jllm.distributed.ending import every, exit_process, start_thread
 from jllm.distributed.leader import Key
 from jllm.distributed.messages import MessageError
-from jllm.distributed.watch import Awaited, Progress, Watch
+from jllm.distributed.watch import Progress, Watch
 
 LEADER = 0
 """Id of the host that schedules."""
@@ -61,7 +61,7 @@ class Follower:
         """Takes how to see whether this host waits for a program to be compiled."""
         self._is_compiling = is_compiling
 
-    def note_launched(self, result: Awaited | None) -> None:
+    def note_launched(self, result: Any) -> None:
         """Takes what the next call will have computed; None for no program."""
         self._num_calls += 1
         self._progress.note(self._num_calls, result)

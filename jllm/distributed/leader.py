@@ -14,7 +14,7 @@ from jllm.config import HostConfig
 from jllm.distributed.channel import Channel, ChannelClosedError, broadcast
 from jllm.distributed.ending import every, exit_process, start_thread
 from jllm.distributed.messages import MessageError
-from jllm.distributed.watch import Awaited, Progress, Watch
+from jllm.distributed.watch import Progress, Watch
 from jllm.errors import ConfigError
 
 GRACE_SECONDS = 2.0
@@ -70,7 +70,7 @@ class Leader:
         self._asked += 1
         self._tell("run", name, size, list(arrays))
 
-    def note_launched(self, result: Awaited) -> None:
+    def note_launched(self, result: Any) -> None:
         """Takes what the last call will have computed on this host."""
         self._progress.note(self._asked, result)
 

@@ -22,7 +22,7 @@ class MessageError(ValueError):
 
 def encode(message: Sequence[Any]) -> bytes:
     """Packs a message: its name, then its values."""
-    return msgpack.packb(list(message), default=_pack_array)
+    return _pack(list(message))
 
 
 def decode(data: bytes) -> list[Any]:
@@ -41,10 +41,16 @@ def decode(data: bytes) -> list[Any]:
     return message
 
 
+def _pack(value: list[Any]) -> bytes:
+    packed = msgpack.packb(value, default=_pack_array)
+    assert packed is not None
+    return packed
+
+
 def _pack_array(value: Any) -> msgpack.ExtType:
     if not isinstance(value, np.ndarray) or value.dtype.name not in DTYPES:
         raise TypeError(f"{type(value).__name__} cannot be sent to other hosts")
-    head = msgpack.packb([value.dtype.name, list(value.shape)])
+    head = _pack([value.dtype.name, list(value.shape)])
     return msgpack.ExtType(ARRAY, head + np.ascontiguousarray(value).tobytes())
 
 

@@ -32,7 +32,7 @@ class Peers(Protocol):
         """Has them make the same call."""
         ...
 
-    def note_launched(self, result: jax.Array) -> None:
+    def note_launched(self, result: Any) -> None:
         """Takes what the call will have computed, to see how far the device is."""
         ...
 
@@ -79,9 +79,10 @@ class Executor:
         # The buffers of the step before must be free for this one.
         self._result = None
         # Copied by the call itself, which costs a tenth of a `device_put` before it.
-        self.state, self._result = program(self.weights, self.state, vector)
+        self.state, result = program(self.weights, self.state, vector)
+        self._result = result
         self.metrics.host_to_device_copies += 1
-        return self._launched(self._result.packed)
+        return self._launched(result.packed)
 
     def pool(self, num_tokens: int, owners: np.ndarray) -> jax.Array:
         """Dispatches the sums of the step's hidden states by row, f32[S, E].
@@ -140,11 +141,11 @@ class Executor:
         )
         return self._launched(packed), of_prompt
 
-    def execute(self, name: str, size: int, arrays: Sequence[Any]) -> jax.Array | None:
+    def execute(self, name: str, size: int, arrays: Sequence[Any]) -> Any:
         """Makes the call that another host's executor has made.
 
         Returns:
-            What it will have computed, if it runs a program.
+            The array that it will have computed; None if it runs no program.
         """
         if name == RULES:
             self.place_rules(*arrays)

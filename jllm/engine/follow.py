@@ -63,6 +63,7 @@ def _obey(plan: StartPlan, leader: Follower) -> None:
         else:
             assert name == "serve"
             assert compiling is not None
+            assert weights is not None
             executor = _serve(plan, compiling, weights, leader)
     if executor is not None:
         executor.close()
