@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -169,8 +170,14 @@ def ask(port, hosts):
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request) as reply:
-        return json.load(reply)["choices"][0]["text"]
+    while True:
+        assert all(process.poll() is None for process in hosts)
+        try:
+            with urllib.request.urlopen(request) as reply:
+                return json.load(reply)["choices"][0]["text"]
+        except urllib.error.HTTPError as error:
+            assert error.code == 503, error.read()  # still loading
+            time.sleep(0.2)
 
 
 CASES = {

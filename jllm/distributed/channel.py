@@ -96,6 +96,10 @@ class Channel:
         self._num_received += 1
         return decode(content)
 
+    def limit(self, seconds: float | None) -> None:
+        """Counts a connection as gone that brings or takes nothing for so long."""
+        self._connection.settimeout(seconds)
+
     def close(self) -> None:
         """Ends the connection, also for a thread that waits in `receive`."""
         with contextlib.suppress(OSError):  # it was gone already

@@ -85,8 +85,10 @@ def follow(config: HostConfig, facts: Mapping[str, str]) -> Follower:
     secret = read_secret(config.secret_file)
     channel = _connect(config, secret)
     try:
+        channel.limit(config.start_timeout)
         channel.send("facts", dict(facts))
         name, *values = channel.receive()
+        channel.limit(None)
     except (ChannelClosedError, MessageError) as error:
         raise ConfigError(
             f"host 0 has ended before all hosts were there: {error}"
@@ -194,6 +196,14 @@ def _gather(
                 raise ConfigError(found)
     finally:
         stopped.set()
+        _turn_away(arrived)
+
+
+def _turn_away(arrived: "queue.SimpleQueue[Joined]") -> None:
+    """Ends the connections of hosts that nobody waits for any more."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            arrived.get_nowait()[2].close()
 
 
 def _accept_all(
@@ -216,6 +226,8 @@ def _accept_all(
         def meet(connection: socket.socket, peer: str) -> None:
             try:
                 arrived.put(_meet(connection, secret))
+                if stopped.is_set():
+                    _turn_away(arrived)
             except (HandshakeError, ChannelClosedError, MessageError) as error:
                 logger.warning("turned away %s: %s", peer, error)
                 connection.close()
@@ -228,9 +240,9 @@ def _accept_all(
 
 def _meet(connection: socket.socket, secret: bytes) -> Joined:
     channel, host, num_hosts = accept(connection, secret)
-    connection.settimeout(HANDSHAKE_SECONDS)
+    channel.limit(HANDSHAKE_SECONDS)
     name, *values = channel.receive()
-    connection.settimeout(None)
+    channel.limit(None)
     if name != "facts" or len(values) != 1 or not isinstance(values[0], dict):
         raise MessageError(f"host {host} tells nothing of itself")
     return host, num_hosts, channel, values[0]

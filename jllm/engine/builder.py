@@ -152,7 +152,8 @@ class ProgramBuilder:
         hidden = self._step_result(num_tokens).hidden
         owners = self._array((num_tokens,), jnp.int32)
         jitted = jax.jit(step, out_shardings=self._place)
-        return Executable(jitted.lower(hidden, owners).compile(), frozenset())
+        lowered = jitted.lower(hidden, owners)
+        return Executable(lowered.compile(self._compiler_options), frozenset())
 
     @property
     def _sampler_options(self) -> SamplerOptions:
@@ -184,6 +185,18 @@ class ProgramBuilder:
             rules=self._array((options.table_rows, options.rule_size), jnp.int32),
             allowed=self._array((num_rows, words), jnp.int32),
         )
+
+    @property
+    def _compiler_options(self) -> dict[str, Any] | None:
+        """On several hosts with GPUs each tunes for itself.
+
+        They would share that work by waiting for each other's part of every program,
+        but they compile in threads, in no common order.
+        """
+        mesh = self._place.mesh
+        if not mesh.is_multi_process or mesh.local_devices[0].platform != "gpu":
+            return None
+        return {"xla_gpu_shard_autotuning": False}
 
     @property
     def _logits_place(self) -> Sharding:
@@ -222,4 +235,5 @@ class ProgramBuilder:
             out_shardings=(state, rest),
             keep_unused=True,
         )
-        return Executable(jitted.lower(*arguments).compile(), frozenset(found))
+        lowered = jitted.lower(*arguments)
+        return Executable(lowered.compile(self._compiler_options), frozenset(found))

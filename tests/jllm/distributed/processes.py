@@ -61,7 +61,7 @@ class Job:
                 "host_id": host,
                 "secret_file": str(secret),
                 "timeout": timeout,
-                "start_timeout": 120.0,
+                "start_timeout": 280.0,
             }
             argument = {
                 "hosts": hosts,
@@ -92,7 +92,7 @@ class Job:
     def log(self, host):
         return (self.folder / f"host{host}.log").read_text()
 
-    def wait_for(self, text, host=0, seconds=120):
+    def wait_for(self, text, host=0, seconds=280):
         """Waits until a host has said something."""
         deadline = time.monotonic() + seconds
         while text not in self.log(host):
@@ -100,7 +100,7 @@ class Job:
             assert self.processes[host].poll() is None, self.logs()
             time.sleep(0.02)
 
-    def wait(self, hosts=None, seconds=120):
+    def wait(self, hosts=None, seconds=280):
         """Waits for hosts to end; their exit codes and how long it took."""
         began = time.monotonic()
         hosts = range(self.num_hosts) if hosts is None else hosts

@@ -65,19 +65,19 @@ def test_a_size_whose_sampler_is_not_ready_is_passed_over(monkeypatch):
 
 
 def test_a_size_that_another_host_lacks_is_passed_over(monkeypatch):
-    class Others:
-        ready = {("decode", 8), ("prefill", 64)}
+    ready = {("decode", 8), ("prefill", 64)}
 
+    class Others:
         def is_ready(self, num_blocks, key):
             assert num_blocks == SMALL["num_blocks"]
-            return key in self.ready
+            return key in ready
 
     programs = shared_engine().programs
     programs.get("decode", 8)
     monkeypatch.setattr(programs, "_readiness", Others())
     wanted = {"is_decode": True, "num_rows": 8, "num_tokens": 8, "has_rules": False}
     assert programs.step(**wanted)[0].kind == "decode"
-    Others.ready.remove(("decode", 8))
+    ready.remove(("decode", 8))
     assert programs.step(**wanted)[0].kind == "prefill"
 
 
