@@ -329,11 +329,13 @@ class Programs:
         if future.done():
             return future.result()
         self._background.hasten(future)
-        self._num_awaited += 1
+        with self._lock:
+            self._num_awaited += 1
         try:
             return future.result()
         finally:
-            self._num_awaited -= 1
+            with self._lock:
+                self._num_awaited -= 1
 
     @property
     def is_awaited(self) -> bool:

@@ -1,8 +1,8 @@
 """One host of several: `python -m tests.jllm.distributed.worker JSON`.
 
 The argument holds `hosts` and `engine`, fields of `HostConfig` and `EngineConfig`, and
-`work`: "tokens" prints the outputs of the workload, "endless" works until it is ended,
-"weights" loads the weights alone and counts what it reads of the files.
+`work`: "tokens" prints the outputs of the workload, "endless" then goes on until it is
+ended, "weights" loads the weights alone and counts what it reads of the files.
 """
 
 import json
@@ -104,9 +104,10 @@ def lead(config, work):
 
     engine = create_engine(config)
     print("started", flush=True)
+    print(json.dumps(outputs_of(engine)), flush=True)
+    print("computed", flush=True)
     if work == "endless":
         endless(engine)
-    print(json.dumps(outputs_of(engine)), flush=True)
     engine.close()
     print("closed", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
 
