@@ -111,7 +111,7 @@ def compile_products(
     engine: Engine, rows: int, head_rows: int
 ) -> Callable[[], jax.Array]:
     """The bare products of a step as one program, on the engine's weights."""
-    weights = engine._parts.weights  # pyright: ignore[reportPrivateUsage]
+    weights = engine.weights  # pyright: ignore[reportPrivateUsage]
     x = jnp.ones((rows, weights["embed"].shape[1]), weights["embed"].dtype)
     products = functools.partial(all_products, head_rows=head_rows)
     compiled = jax.jit(products).lower(weights, x).compile()

@@ -230,7 +230,7 @@ class Bench:
         for name, reader in self.readers.items():
             self.outputs.open(name, reader)
         self.queue = queue.Queue()
-        programs = engine._parts.programs
+        programs = engine.programs
         program = self._timed("call", programs.step(**ALL)[1])
         layout = programs.step(**ALL)[0]
         programs.step = lambda **_: (layout, program)
@@ -352,7 +352,7 @@ class LatePacked:
 async def wait_share(num_rows, milliseconds, num_steps, make_outlet=OutputThread):
     """Shares of the device's time, and of the steps, in which it waits for the host."""
     engine = make_engine(num_rows)
-    programs = engine._parts.programs
+    programs = engine.programs
     layout, program = programs.step(**ALL)
     device = Device(program, milliseconds)
     outlet = make_outlet()

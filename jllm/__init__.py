@@ -12,7 +12,7 @@ Importing this package imports no JAX; the first use of `LLM` or `AsyncLLM` does
 import importlib
 from typing import Any
 
-from jllm.config import EngineConfig
+from jllm.config import EngineConfig, HostConfig
 from jllm.errors import (
     CheckpointError,
     ConfigError,
@@ -57,6 +57,7 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "EngineStoppedError",
+    "HostConfig",
     "InvalidRequestError",
     "JllmError",
     "Logprob",
@@ -75,6 +76,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",  # pyright: ignore[reportUnsupportedDunderAll]
     "detect_parsers",  # pyright: ignore[reportUnsupportedDunderAll]
+    "follow",  # pyright: ignore[reportUnsupportedDunderAll]
     "load",  # pyright: ignore[reportUnsupportedDunderAll]
     "make_output_parser",  # pyright: ignore[reportUnsupportedDunderAll]
     "prompt_opens_reasoning",  # pyright: ignore[reportUnsupportedDunderAll]
@@ -82,32 +84,29 @@ __all__ = [
     "tool_constraint",  # pyright: ignore[reportUnsupportedDunderAll]
 ]
 
-_PARSER_MODULES = {
-    "ContentDelta": "deltas",
-    "OutputParser": "output_parser",
-    "ReasoningDelta": "deltas",
-    "ToolCallDelta": "deltas",
-    "detect_parsers": "registry",
-    "make_output_parser": "output_parser",
-    "prompt_opens_reasoning": "output_parser",
-    "reasoning_markers": "output_parser",
-    "tool_constraint": "constraint",
+_HEAVY_MODULES = {
+    "LLM": "llm",
+    "AsyncLLM": "async_llm",
+    "Batch": "layers.batch",
+    "follow": "engine.follow",
+    "load": "research",
+    "ContentDelta": "text.parsers.deltas",
+    "OutputParser": "text.parsers.output_parser",
+    "ReasoningDelta": "text.parsers.deltas",
+    "ToolCallDelta": "text.parsers.deltas",
+    "detect_parsers": "text.parsers.registry",
+    "make_output_parser": "text.parsers.output_parser",
+    "prompt_opens_reasoning": "text.parsers.output_parser",
+    "reasoning_markers": "text.parsers.output_parser",
+    "tool_constraint": "text.parsers.constraint",
 }
-"""Names of the front door to the modules of `jllm.text.parsers` that hold them."""
+"""Names of the front door to the modules that hold them."""
 
 
 def __getattr__(name: str) -> Any:
     """Imports the heavy part of the front door when it is first asked for."""
-    if name == "LLM":
-        return importlib.import_module("jllm.llm").LLM
-    if name == "AsyncLLM":
-        return importlib.import_module("jllm.async_llm").AsyncLLM
-    if name == "Batch":
-        return importlib.import_module("jllm.layers.batch").Batch
-    if name == "load":
-        return importlib.import_module("jllm.research").load
-    if name in _PARSER_MODULES:
-        module = f"jllm.text.parsers.{_PARSER_MODULES[name]}"
+    if name in _HEAVY_MODULES:
+        module = f"jllm.{_HEAVY_MODULES[name]}"
         return getattr(importlib.import_module(module), name)
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("jllm")

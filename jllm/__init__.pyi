@@ -1,6 +1,8 @@
 # What `jllm/__init__.py` gives, for type checkers and editors.
 from jllm.async_llm import AsyncLLM as AsyncLLM
 from jllm.config import EngineConfig as EngineConfig
+from jllm.config import HostConfig as HostConfig
+from jllm.engine.follow import follow as follow
 from jllm.errors import CheckpointError as CheckpointError
 from jllm.errors import ConfigError as ConfigError
 from jllm.errors import ContextTooLongError as ContextTooLongError

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from jllm.config import EngineConfig, make_config
+from jllm.config import EngineConfig, make_config, options_of
 from jllm.engine.create import create_engine
 from jllm.engine.loop import EngineLoop
 from jllm.errors import ConfigError, EngineStoppedError, InvalidRequestError
@@ -63,7 +62,7 @@ class AsyncLLM:
     @classmethod
     def from_engine_config(cls, config: EngineConfig) -> Self:
         """Loads the model that the options name."""
-        return cls(**dataclasses.asdict(config))
+        return cls(**options_of(config))
 
     @property
     def config(self) -> EngineConfig:

@@ -8,13 +8,15 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from jllm.bench.cli import add_parser as add_bench_parser
-from jllm.commands import convert, inspect
+from jllm.commands import convert, hosts, inspect
 from jllm.config import EngineConfig
 from jllm.errors import EngineStoppedError, InvalidRequestError, JllmError
 from jllm.flags import add_flags, given_values
@@ -248,7 +250,7 @@ def _add_command(
 ) -> argparse.ArgumentParser:
     """Adds a command that loads a model."""
     parser = commands.add_parser(name, help=text, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(_run_on_host, run))
     parser.add_argument(
         "model",
         nargs="?",
@@ -264,18 +266,31 @@ def _add_command(
         leave_out=ENGINE_FLAGS_LEFT_OUT,
         renamed=renamed,
     )
+    hosts.add_flags(parser)
     return parser
+
+
+def _run_on_host(
+    run: Callable[[argparse.Namespace], int], options: argparse.Namespace
+) -> int:
+    """Runs a command; all hosts but the first only do their part of its steps."""
+    config = _engine_config(options)
+    if not config.is_follower:
+        return run(options)
+    from jllm.engine.follow import follow
+
+    # Whoever ends a job signals all hosts; the first one ends in order, and then this.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    follow(config)
+    return 0
 
 
 def _add_plugin(commands: Any, name: str, plugin: Plugin) -> None:
     """Adds a command of a package above this one, with flags of its own."""
 
     def run(options: argparse.Namespace) -> int:
-        engine = EngineConfig(
-            model=options.model, **given_values(options, EngineConfig)
-        )
         own = plugin.options(**given_values(options, plugin.options))
-        return plugin.run(engine, own)
+        return plugin.run(_engine_config(options), own)
 
     parser = _add_command(commands, name, run, plugin.summary, renamed={})
     add_flags(parser.add_argument_group(name), plugin.options)
@@ -283,10 +298,18 @@ def _add_plugin(commands: Any, name: str, plugin: Plugin) -> None:
 
 def _load(options: argparse.Namespace) -> Any:
     # Checked before JAX is imported, which takes longer than a typing error deserves.
-    config = EngineConfig(model=options.model, **given_values(options, EngineConfig))
+    config = _engine_config(options)
     from jllm.llm import LLM
 
     return LLM.from_engine_config(config)
+
+
+def _engine_config(options: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
+        model=options.model,
+        hosts=hosts.given_hosts(options),
+        **given_values(options, EngineConfig),
+    )
 
 
 def _sampling_options(options: argparse.Namespace) -> dict[str, Any]:

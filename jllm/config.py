@@ -15,8 +15,76 @@ AttentionImplementation = Literal[
 ]
 
 
+MAX_HOST_TIMEOUT = 60.0
+"""Seconds within which all hosts end once one is lost."""
+
+
 def _option(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HostConfig:
+    """How the hosts of one engine find each other, and when they give each other up.
+
+    Attributes:
+        coordinator: HOST:PORT of the first host; JAX's own service takes the port after
+            it.
+        num_hosts: Processes that share the engine, one per host.
+        host_id: Number of this one; 0 schedules and serves, the others do as it says.
+        secret_file: File with the secret that all hosts share, at least 16 bytes.
+        timeout: Seconds without a sign of life or progress of a host, after which all
+            end; at most 60.
+        start_timeout: Seconds that hosts wait for each other while they start.
+    """
+
+    coordinator: str
+    num_hosts: int
+    host_id: int
+    secret_file: str
+    timeout: float = 45.0
+    start_timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        """Checks types and ranges; raises `ConfigError` naming field and bound."""
+        host, _, port = self.coordinator.rpartition(":")
+        # JAX takes the port after it.
+        if not host or not port.isdecimal() or not 1 <= int(port) < 2**16 - 1:
+            raise ConfigError(
+                f"coordinator={self.coordinator!r} must be HOST:PORT, with a port "
+                f"from 1 to {2**16 - 2}"
+            )
+        if self.num_hosts < 1:
+            raise ConfigError(f"num_hosts={self.num_hosts} must be at least 1")
+        if not 0 <= self.host_id < self.num_hosts:
+            raise ConfigError(
+                f"host_id={self.host_id} must be at least 0 and below "
+                f"num_hosts={self.num_hosts}"
+            )
+        if not 0 < self.timeout <= MAX_HOST_TIMEOUT:
+            raise ConfigError(
+                f"host timeout={self.timeout} must be above 0 and at most "
+                f"{MAX_HOST_TIMEOUT:g}"
+            )
+        if not self.start_timeout > 0:
+            raise ConfigError(f"start_timeout={self.start_timeout} must be above 0")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the coordinator."""
+        host, _, port = self.coordinator.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    @property
+    def jax_address(self) -> str:
+        """HOST:PORT of JAX's own service."""
+        host, _, port = self.coordinator.rpartition(":")
+        return f"{host}:{int(port) + 1}"
+
+    @property
+    def heartbeat(self) -> float:
+        """Seconds between two signs of life."""
+        return min(1.0, self.timeout / 8)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +146,7 @@ class EngineConfig:
         "next ones, which then trace and compile nothing; its files are run, so that "
         "it must be the user's own; none exports nothing",
     )
+    hosts: HostConfig | None = _option(None, "how several hosts share the engine")
 
     def __post_init__(self) -> None:
         """Checks types and ranges; raises `ConfigError` naming field and bound."""
@@ -117,6 +186,26 @@ class EngineConfig:
         self._check_choice("load_format", LoadFormat)
         self._check_choice("attention", AttentionImplementation)
         self._check_choice("generation_config", Literal["auto", "vllm"])
+        self._check_hosts()
+
+    @property
+    def is_follower(self) -> bool:
+        """Whether this process only does what the first host tells it."""
+        return self.hosts is not None and self.hosts.host_id > 0
+
+    def _check_hosts(self) -> None:
+        hosts = self.hosts
+        if hosts is None:
+            return
+        if not isinstance(hosts, HostConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"hosts={hosts!r} must be a HostConfig")
+        if self.data_parallel_size > 1:
+            raise ConfigError(
+                f"data_parallel_size={self.data_parallel_size} must be 1 with several "
+                "hosts: start each replica with hosts of its own"
+            )
+        if self.executables is not None:
+            raise ConfigError("executables cannot be exported by several hosts")
 
     def _check_integer(self, field: str, low: int) -> None:
         value = getattr(self, field)
@@ -188,6 +277,13 @@ class SchedulerConfig:
         for name, value in limits.items():
             if value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
+
+
+def options_of(config: EngineConfig) -> dict[str, Any]:
+    """The fields as keywords, `make_config` takes them back."""
+    return {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+    }
 
 
 def make_config(model: Any, options: Mapping[str, Any]) -> EngineConfig:

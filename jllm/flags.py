@@ -20,6 +20,8 @@ def add_flags(
 ) -> None:
     """Adds a flag per field; a flag that is not given leaves no trace.
 
+    Fields that are dataclasses themselves have flags of their own.
+
     Strings of a list come by repeating the flag, numbers with commas, a mapping as
     JSON, a boolean as `--flag` or `--no-flag`. `None` is written "none".
 
@@ -31,7 +33,9 @@ def add_flags(
     """
     docs = _attribute_docs(owner)
     for field in dataclasses.fields(owner):
-        if field.name in leave_out:
+        if field.name in leave_out or any(
+            map(dataclasses.is_dataclass, _kinds(field.type))
+        ):
             continue
         name = (renamed or {}).get(field.name, field.name).replace("_", "-")
         text = field.metadata.get("help") or docs.get(field.name, "")

@@ -1,7 +1,6 @@
 """Offline generation: prompts in, finished outputs out, in the caller's thread."""
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from jllm.config import EngineConfig, make_config
+from jllm.config import EngineConfig, make_config, options_of
 from jllm.engine.admission import validate
 from jllm.engine.create import create_engine
 from jllm.engine.garbage import QuietGarbage
@@ -72,7 +71,7 @@ class LLM:
     @classmethod
     def from_engine_config(cls, config: EngineConfig) -> Self:
         """Loads the model that the options name."""
-        return cls(**dataclasses.asdict(config))
+        return cls(**options_of(config))
 
     @property
     def config(self) -> EngineConfig:

@@ -30,7 +30,7 @@ def cpu_counts() -> dict[str, dict[str, int]]:
         f"cpu {kind} {size}": program_counts(engine.programs.get(kind, size))
         for kind, size in engine.programs.all_keys()
     }
-    weights = engine._parts.weights
+    weights = engine.weights
     leaves = len(jax.tree.leaves((weights, engine.state)))
     counts["call"] = {"leaves": leaves, "programs": len(engine.programs.all_keys())}
     for name, params in WORKLOADS.items():

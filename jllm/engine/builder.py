@@ -29,6 +29,20 @@ from jllm.sampling.sampler import SamplerOptions
 from jllm.sampling.transforms import ThresholdSearch
 
 
+def local_zeros(description: jax.ShapeDtypeStruct) -> jax.Array:
+    """This host's part of an array of zeros that many hosts share.
+
+    No program of all hosts runs, so that it needs no place in their common order.
+    """
+    shape, place = description.shape, description.sharding
+    assert place is not None
+    shards = [
+        jnp.zeros(place.shard_shape(shape), description.dtype, device=device)
+        for device in place.addressable_devices
+    ]
+    return jax.make_array_from_single_device_arrays(shape, place, shards)
+
+
 def empty_state(description: EngineState) -> EngineState:
     """A state without requests: zeros, since a NaN in an unused place would spread."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), description)
@@ -90,6 +104,9 @@ class ProgramBuilder:
 
     def init_state(self) -> Executable:
         """Makes the empty state where it will live."""
+        if self._place.mesh.is_multi_process:
+            parts = partial(jax.tree.map, local_zeros, self._state)
+            return Executable(parts, frozenset())
         places = jax.tree.map(lambda leaf: leaf.sharding, self._state)
         make = self._named(partial(empty_state, self._state))
         make = jax.jit(make, out_shardings=places)
@@ -135,7 +152,8 @@ class ProgramBuilder:
         hidden = self._step_result(num_tokens).hidden
         owners = self._array((num_tokens,), jnp.int32)
         jitted = jax.jit(step, out_shardings=self._place)
-        return Executable(jitted.lower(hidden, owners).compile(), frozenset())
+        lowered = jitted.lower(hidden, owners)
+        return Executable(lowered.compile(self._compiler_options), frozenset())
 
     @property
     def _sampler_options(self) -> SamplerOptions:
@@ -167,6 +185,18 @@ class ProgramBuilder:
             rules=self._array((options.table_rows, options.rule_size), jnp.int32),
             allowed=self._array((num_rows, words), jnp.int32),
         )
+
+    @property
+    def _compiler_options(self) -> dict[str, Any] | None:
+        """On several hosts with GPUs each tunes for itself.
+
+        They would share that work by waiting for each other's part of every program,
+        but they compile in threads, in no common order.
+        """
+        mesh = self._place.mesh
+        if not mesh.is_multi_process or mesh.local_devices[0].platform != "gpu":
+            return None
+        return {"xla_gpu_shard_autotuning": False}
 
     @property
     def _logits_place(self) -> Sharding:
@@ -205,4 +235,5 @@ class ProgramBuilder:
             out_shardings=(state, rest),
             keep_unused=True,
         )
-        return Executable(jitted.lower(*arguments).compile(), frozenset(found))
+        lowered = jitted.lower(*arguments)
+        return Executable(lowered.compile(self._compiler_options), frozenset(found))

@@ -5,12 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jllm.config import EngineConfig, SchedulerConfig
+from jllm.distributed.facts import make_facts
+from jllm.distributed.join import lead
+from jllm.distributed.leader import Leader
 from jllm.engine.admission import Limits
 from jllm.engine.engine import Engine, EngineParts, ModelInfo
+from jllm.engine.executor import Executor
 from jllm.engine.memory import device_capacity
 from jllm.engine.options import resolve_options
+from jllm.engine.programs import Programs
 from jllm.engine.replicas import Replicas
 from jllm.engine.startup import (
     Compiling,
@@ -23,7 +29,9 @@ from jllm.layers.kernels import Target
 from jllm.models.base import Model, ModelOptions, Weights
 from jllm.models.hf_config import read_integer
 from jllm.models.registry import build_model
+from jllm.sampling.rules import RuleLayout
 from jllm.scheduler.scheduler import Scheduler
+from jllm.weights.digest import checkpoint_digests
 from jllm.weights.hub import CheckpointFiles, resolve_model
 from jllm.weights.loader import load_weights
 from jllm.weights.random import random_weights
@@ -41,10 +49,40 @@ def create_engine(config: EngineConfig) -> Engine | Replicas:
         ConfigError: An option does not fit the model or the machine.
         ModelNotFoundError, UnsupportedModelError, CheckpointError: See `jllm.errors`.
     """
+    if config.is_follower:
+        raise ConfigError(
+            "only the host with host_id=0 has an engine; call jllm.follow"
+        )
     use_compilation_cache(
         config.compilation_cache_dir, fills=config.executables is None
     )
     files = resolve_files(config)
+    leader = None
+    if config.hosts is not None and config.hosts.num_hosts > 1:
+        leader = lead(config.hosts, make_facts(config, checkpoint_digests(files)))
+    try:
+        return _create(config, files, leader)
+    except BaseException as error:
+        if leader is not None:
+            leader.give_up(f"host 0 failed: {error}")
+        raise
+
+
+def _create(
+    config: EngineConfig, files: CheckpointFiles, leader: Leader | None
+) -> Engine | Replicas:
+    engines = [
+        _create_replica(config, files, mesh, leader) for mesh in make_meshes(config)
+    ]
+    return engines[0] if len(engines) == 1 else Replicas(engines)
+
+
+def make_meshes(config: EngineConfig) -> tuple[Mesh, ...]:
+    """Divides the devices of all hosts among the replicas.
+
+    Raises:
+        ConfigError: They are too few, or a host has none in use.
+    """
     size, replicas = config.tensor_parallel_size, config.data_parallel_size
     devices = jax.devices()
     if size * replicas > len(devices):
@@ -53,10 +91,14 @@ def create_engine(config: EngineConfig) -> Engine | Replicas:
             f"{size * replicas} devices, but there are {len(devices)}"
         )
     mesh = make_mesh(tensor=size, data=replicas, devices=devices[: size * replicas])
-    engines = [
-        _create_replica(config, files, sub_mesh) for sub_mesh in replica_meshes(mesh)
-    ]
-    return engines[0] if replicas == 1 else Replicas(engines)
+    used = {device.process_index for device in mesh.devices.flat}
+    idle = sorted({device.process_index for device in devices} - used)
+    if idle:
+        raise ConfigError(
+            f"tensor_parallel_size={size} leaves the {len(devices)} devices of all "
+            f"hosts partly idle: host {', '.join(map(str, idle))} has nothing to do"
+        )
+    return replica_meshes(mesh)
 
 
 def use_compilation_cache(folder: str | None, *, fills: bool) -> None:
@@ -84,13 +126,26 @@ def eos_token_ids(files: CheckpointFiles) -> tuple[int, ...]:
     return ()
 
 
-def _create_replica(
-    config: EngineConfig, files: CheckpointFiles, mesh: jax.sharding.Mesh
-) -> Engine:
-    device = mesh.devices.flat[0]
+def plan_replica(
+    config: EngineConfig,
+    files: CheckpointFiles,
+    mesh: Mesh,
+    leader: Leader | None = None,
+) -> StartPlan:
+    """Decides all that can be decided before weights are read.
+
+    Args:
+        config: The options.
+        files: The checkpoint's settings.
+        mesh: Devices of the replica.
+        leader: The other hosts, on the first of several.
+    """
+    device = mesh.local_devices[0]
     vocab_size = read_integer(files.config, "vocab_size")
     resolved = resolve_options(config, files.config, device.platform, vocab_size)
     capacity = device_capacity(mesh)
+    if leader is not None:
+        capacity = leader.least_capacity(capacity)
     model = build_model(
         files.config,
         ModelOptions(
@@ -103,17 +158,33 @@ def _create_replica(
             mesh=mesh if mesh.size > 1 else None,
         ),
     )
-    plan = StartPlan(config, files, resolved, model, mesh, capacity)
+    return StartPlan(config, files, resolved, model, mesh, capacity, leader)
+
+
+def _create_replica(
+    config: EngineConfig, files: CheckpointFiles, mesh: Mesh, leader: Leader | None
+) -> Engine:
+    plan = plan_replica(config, files, mesh, leader)
     # Compiled from shapes, while the weights are read.
     compiling = plan.start()
     try:
-        weights = make_weights(config, files, model, mesh, resolved.dtype)
+        weights = plan_weights(plan)
         # Closes what it replaces, so that only the newest is left to close.
         compiling = _fitting_programs(plan, compiling)
-        return _assemble(plan, compiling, weights)
+        engine = _assemble(plan, compiling, weights)
     except BaseException:
         compiling.programs.close()
         raise
+    if leader is not None:
+        leader.watch_compiling(lambda: engine.programs.is_awaited)
+        leader.start_serving()
+    return engine
+
+
+def plan_weights(plan: StartPlan) -> Weights:
+    """The weights of a replica."""
+    dtype = plan.resolved.dtype
+    return make_weights(plan.config, plan.files, plan.model, plan.mesh, dtype)
 
 
 def resolve_files(config: EngineConfig) -> CheckpointFiles:
@@ -129,7 +200,7 @@ def make_weights(
     config: EngineConfig,
     files: CheckpointFiles,
     model: Model,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
     dtype: str,
 ) -> Weights:
     """Loads the weights onto their devices, or draws them."""
@@ -185,17 +256,21 @@ def _assemble(plan: StartPlan, compiling: Compiling, weights: Weights) -> Engine
     return Engine(
         EngineParts(
             model=model,
-            weights=weights,
+            executor=make_executor(plan, programs, weights),
             scheduler=scheduler,
-            programs=programs,
             options=options,
             limits=limits,
             info=ModelInfo(plan.files.path, default_sampling(config, plan.files)),
-            place=plan.place,
             overlap=config.overlap,
             seed=config.seed,
         )
     )
+
+
+def make_executor(plan: StartPlan, programs: Programs, weights: Weights) -> Executor:
+    """Puts together what runs the programs; makes the device state."""
+    words = RuleLayout(plan.model.padded_vocab_size).sizes["allowed"]
+    return Executor(weights, programs, plan.place, words, plan.leader)
 
 
 def default_sampling(config: EngineConfig, files: CheckpointFiles) -> dict[str, Any]:

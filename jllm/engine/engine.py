@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from jllm.engine.admission import Job, Limits, make_sequences, validate
+from jllm.engine.executor import Executor
 from jllm.engine.grammars import pack_masks, push_tokens, wants_grammars
 from jllm.engine.inputs import InputLayout, pack
 from jllm.engine.logprobs import (
@@ -23,10 +22,9 @@ from jllm.engine.memory import group_block_bytes
 from jllm.engine.pooling import add_sums, claim_segments, pool_owners
 from jllm.engine.programs import ProgramOptions, Programs
 from jllm.engine.results import InFlight, step_outputs
-from jllm.engine.state import EngineState, row_fields
-from jllm.engine.steps import SamplerInput, StepResult
+from jllm.engine.state import row_fields
 from jllm.errors import InvalidRequestError
-from jllm.metrics import EngineMetrics, EngineStats
+from jllm.metrics import EngineStats
 from jllm.models.base import Model, Weights
 from jllm.sampling.logprobs import FINITE, ResultLayout
 from jllm.sampling.rules import RowRules, RuleLayout, pack_rules
@@ -35,7 +33,6 @@ from jllm.scheduler.plan import ScheduledRow, StepPlan
 from jllm.scheduler.request import Request
 from jllm.scheduler.scheduler import Scheduler
 from jllm.types import EngineRequest, StepOutputs
-from jllm.weights.update import placed_like
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,25 +54,21 @@ class EngineParts:
 
     Attributes:
         model: The network.
-        weights: Its arrays.
+        executor: Its arrays, the device state and the programs.
         scheduler: Host policy, with an empty pool.
-        programs: Compiled steps.
-        options: Their sizes.
+        options: Sizes of the programs.
         limits: Bounds of requests.
         info: Where the model came from.
-        place: Where inputs go.
         overlap: Whether a step is launched before the last one's tokens are read.
         seed: Seed of the seeds of requests without one.
     """
 
     model: Model
-    weights: Weights
+    executor: Executor
     scheduler: Scheduler
-    programs: Programs
     options: ProgramOptions
     limits: Limits
     info: ModelInfo
-    place: NamedSharding
     overlap: bool
     seed: int
 
@@ -87,10 +80,11 @@ class Engine:
     """
 
     def __init__(self, parts: EngineParts) -> None:
-        """Makes an empty device state."""
+        """Begins without requests."""
         self._parts = parts
         self._scheduler = parts.scheduler
-        self._state: EngineState | None = parts.programs.init_state()
+        self._executor = parts.executor
+        self.metrics = parts.executor.metrics
         self._in_flight: InFlight | None = None
         self._open: dict[str, list[Request]] = {}
         self._next_id = 0
@@ -98,10 +92,7 @@ class Engine:
         self._rule_layout = RuleLayout(parts.model.padded_vocab_size)
         self._neutral_rules = pack_rules(self._rule_layout, RowRules())
         self._rules = np.tile(self._neutral_rules, (parts.options.table_rows, 1))
-        self._device_rules: jax.Array | None = None
-        self._no_masks: dict[int, jax.Array] = {}
         self._result_layout = ResultLayout(parts.options.num_logprobs)
-        self.metrics = EngineMetrics()
 
     @property
     def limits(self) -> Limits:
@@ -130,12 +121,17 @@ class Engine:
     @property
     def programs(self) -> Programs:
         """The compiled programs, to wait for or to look at."""
-        return self._parts.programs
+        return self._executor.programs
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the programs, to look at."""
+        return self._executor
 
     @property
     def state(self) -> Any:
         """The device state, until the next step donates it; None once closed."""
-        return self._state
+        return self._executor.state
 
     @property
     def has_unfinished(self) -> bool:
@@ -187,9 +183,9 @@ class Engine:
         plan = self._scheduler.schedule()
         launched = self._launch(plan) if plan else None
         outputs = self._collect(self._in_flight) if self._in_flight else StepOutputs()
-        if launched and launched.unsampled:
+        if launched and launched.is_unsampled:
             # Grammars had to see the tokens before, while the device computed scores.
-            launched = self._sample(launched, launched.unsampled)
+            launched = self._sample(launched)
         self._in_flight = launched
         if launched and not self._parts.overlap:
             outputs = self._collect(launched)
@@ -217,12 +213,12 @@ class Engine:
 
     def wait_until_compiled(self) -> None:
         """Returns when the programs of all sizes are compiled."""
-        self._parts.programs.wait()
+        self.programs.wait()
 
     @property
     def weights(self) -> Weights:
         """The tree of arrays that the next step computes with."""
-        return self._parts.weights
+        return self._executor.weights
 
     def update_weights(self, weights: Weights) -> None:
         """Takes other weights for the steps from now on.
@@ -232,8 +228,7 @@ class Engine:
         Raises:
             ConfigError: The tree differs from `weights` in structure, shapes or types.
         """
-        placed = placed_like(weights, self._parts.weights)
-        self._parts = dataclasses.replace(self._parts, weights=placed)
+        self._executor.update_weights(weights)
         self._scheduler.start_revision()
 
     def reset_prefix_cache(self) -> bool:
@@ -244,8 +239,8 @@ class Engine:
         """Ends open requests and background compilation, drops the device state."""
         for request_id in tuple(self._open):
             self.abort(request_id)
-        self._parts.programs.close()
-        self._in_flight = self._state = None
+        self._in_flight = None
+        self._executor.close()
 
     def _launch(self, plan: StepPlan) -> InFlight:
         """Packs and dispatches a step; returns before it is computed.
@@ -253,37 +248,33 @@ class Engine:
         The sampler program of a step with grammars is left to the caller.
         """
         began = time.perf_counter()
-        parts, jobs = self._parts, self._jobs(plan)
+        programs, jobs = self.programs, self._jobs(plan)
         wants_prompt = wants_prompt_logprobs(plan, jobs)
         has_logprobs = wants_prompt or wants_sampler(plan, jobs)
         if wants_prompt:
-            layout, program = parts.programs.largest_prefill()
+            layout, program = programs.largest_prefill()
         else:
-            layout, program = parts.programs.step(
+            layout, program = programs.step(
                 is_decode=plan.is_decode,
                 num_rows=plan.num_rows,
                 num_tokens=plan.num_tokens,
                 has_rules=has_logprobs,
             )
         vector = pack(plan, layout, self._start_fields)
-        # Copied by the call itself, which costs a tenth of a `device_put` before it.
-        self._state, result = program(parts.weights, self._state, vector)
-        self.metrics.host_to_device_copies += 1
-        self.metrics.dispatches += 1
-        unsampled = result if has_logprobs else None
-        flight = InFlight(plan, jobs, result.packed, has_logprobs, unsampled, layout)
-        flight = self._pool(flight, result)
+        packed = self._executor.step(layout, program, vector)
+        flight = InFlight(plan, jobs, packed, has_logprobs, has_logprobs, layout)
+        flight = self._pool(flight)
         if not has_logprobs:
-            result.packed.copy_to_host_async()
+            packed.copy_to_host_async()
         elif not wants_grammars(plan, jobs):
-            flight = self._sample(flight, result)
-        self.metrics.kernel_fallbacks = parts.programs.num_fallbacks
+            flight = self._sample(flight)
+        self.metrics.kernel_fallbacks = programs.num_fallbacks
         self.metrics.steps += 1
         self._count_tokens(plan, layout)
         self.metrics.launch_seconds += time.perf_counter() - began
         return flight
 
-    def _pool(self, flight: InFlight, result: StepResult) -> InFlight:
+    def _pool(self, flight: InFlight) -> InFlight:
         """Dispatches the sums of hidden states, in a step with pooled prompts."""
         plan, layout = flight.plan, flight.layout
         chunks = flight.jobs[len(plan.decoding) :]
@@ -291,47 +282,36 @@ class Engine:
         if not segments:
             return flight
         owners = pool_owners(segments, layout.num_rows, layout.num_tokens)
-        program = self._parts.programs.pool(layout.num_tokens)
-        sums = program(result.hidden, self._upload(owners))
-        self.metrics.dispatches += 1
+        sums = self._executor.pool(layout.num_tokens, owners)
         sums.copy_to_host_async()
         return dataclasses.replace(flight, segments=segments, sums=sums)
 
-    def _sample(self, flight: InFlight, result: StepResult) -> InFlight:
+    def _sample(self, flight: InFlight) -> InFlight:
         """Dispatches the second program of a step, with rules and grammars."""
-        parts, plan, jobs = self._parts, flight.plan, flight.jobs
+        plan, jobs, num_rows = flight.plan, flight.jobs, flight.layout.num_rows
         self._place_rules(plan, jobs)
-        inputs = SamplerInput(self._device_rules, self._masks(flight))
-        self.metrics.dispatches += 1
-        prompt_packed = None
+        masks = self._masks(flight)
+        of_prompt = None
         if wants_prompt_logprobs(plan, jobs):
-            targets = self._upload(next_tokens(plan, jobs, flight.layout.num_tokens))
-            self._state, (packed, prompt_packed) = parts.programs.prompt_logprobs()(
-                parts.weights, self._state, result, targets, inputs
-            )
-            prompt_packed.copy_to_host_async()
+            targets = next_tokens(plan, jobs, flight.layout.num_tokens)
+            packed, of_prompt = self._executor.sample_prompt(num_rows, targets, masks)
+            of_prompt.copy_to_host_async()
         else:
-            self._state, packed = parts.programs.sampler(flight.layout.num_rows)(
-                self._state, result.logits, result.sampled_rows, inputs
-            )
+            packed = self._executor.sample(num_rows, masks)
         packed.copy_to_host_async()
         return dataclasses.replace(
-            flight, packed=packed, prompt_packed=prompt_packed, unsampled=None
+            flight, packed=packed, prompt_packed=of_prompt, is_unsampled=False
         )
 
-    def _masks(self, flight: InFlight) -> jax.Array:
-        """What the grammars of a step allow; without any, an array made once."""
-        num_rows = flight.layout.num_rows
-        num_words = self._rule_layout.sizes["allowed"]
-        if not wants_grammars(flight.plan, flight.jobs):
-            if num_rows not in self._no_masks:
-                ones = np.full((num_rows, num_words), -1, np.int32)
-                self._no_masks[num_rows] = jax.device_put(ones, self._parts.place)
-            return self._no_masks[num_rows]
+    def _masks(self, flight: InFlight) -> np.ndarray | None:
+        """What the grammars of a step allow, if it has any."""
+        plan, jobs, num_rows = flight.plan, flight.jobs, flight.layout.num_rows
+        if not wants_grammars(plan, jobs):
+            return None
         began = time.perf_counter()
-        masks = pack_masks(flight.plan, flight.jobs, num_rows, num_words)
+        masks = pack_masks(plan, jobs, num_rows, self._rule_layout.sizes["allowed"])
         self.metrics.grammar_seconds += time.perf_counter() - began
-        return self._upload(masks)
+        return masks
 
     def _count_tokens(self, plan: StepPlan, layout: InputLayout) -> None:
         metrics = self.metrics
@@ -387,13 +367,9 @@ class Engine:
             stop_token_ids=job.stop_token_ids,
         )
 
-    def _upload(self, vector: np.ndarray) -> jax.Array:
-        self.metrics.host_to_device_copies += 1
-        return jax.device_put(vector, self._parts.place)
-
     def _place_rules(self, plan: StepPlan, jobs: list[Job]) -> None:
         """Uploads the rule table if a row's rules are not the ones on the device."""
-        changed = self._device_rules is None
+        changed = not self._executor.has_rules
         for row, job in zip(plan.table_rows, jobs, strict=True):
             rules = self._neutral_rules if job.rules is None else job.rules
             if not np.array_equal(self._rules[row], rules):
@@ -401,7 +377,7 @@ class Engine:
                 changed = True
         if changed:
             # A copy, since a transfer may alias the buffer that is changed next time.
-            self._device_rules = self._upload(self._rules.copy())
+            self._executor.place_rules(self._rules.copy())
 
     def _forget_finished(self, updates: Sequence[SequenceUpdate]) -> None:
         for update in updates:

@@ -136,7 +136,7 @@ class PoolSizes:
 
 def device_capacity(mesh: Mesh) -> int:
     """Bytes of memory that a device of the mesh can still give to this process."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

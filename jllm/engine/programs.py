@@ -173,6 +173,19 @@ class Builder(Protocol):
         ...
 
 
+@runtime_checkable
+class Readiness(Protocol):
+    """What hosts tell each other of their programs."""
+
+    def note_ready(self, num_blocks: int, key: tuple[str, int]) -> None:
+        """Tells that a program can be used here, for a pool of so many blocks."""
+        ...
+
+    def is_ready(self, num_blocks: int, key: tuple[str, int]) -> bool:
+        """Whether it can be used by the other hosts."""
+        ...
+
+
 def num_compile_threads() -> int:
     """Programs compiled at a time.
 
@@ -204,6 +217,7 @@ class Programs:
         builder: Compiles a program.
         options: Sizes.
         store: Where executables are loaded from and written to, if anywhere.
+        readiness: What the other hosts have, where there are some.
     """
 
     def __init__(
@@ -211,9 +225,11 @@ class Programs:
         builder: Builder,
         options: ProgramOptions,
         store: ExecutableStore | None = None,
+        readiness: Readiness | None = None,
     ) -> None:
         """Compiles nothing yet."""
         self._builder, self._options, self._store = builder, options, store
+        self._readiness, self._num_awaited = readiness, 0
         self._lock = threading.Lock()
         self._futures: dict[tuple[str, int], Future[Compiled]] = {}
         self._empty: Future[EngineState] | None = None
@@ -305,17 +321,37 @@ class Programs:
             ready = [key for key in ready if self._is_ready(self._sampler_of(key))]
         if not ready:
             ready = [("prefill", sizes.tokens[-1])]
-        return self._layout_and_program(*ready[0])
+        return self.named(*ready[0])
 
     def get(self, kind: str, size: int) -> Compiled:
         """A program; waits until it is compiled, before all others that are not yet."""
         future = self._submit((kind, size))
+        if future.done():
+            return future.result()
         self._background.hasten(future)
-        return future.result()
+        with self._lock:
+            self._num_awaited += 1
+        try:
+            return future.result()
+        finally:
+            with self._lock:
+                self._num_awaited -= 1
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for a program to be compiled."""
+        return self._num_awaited > 0
 
     def largest_prefill(self) -> Any:
         """Layout and program of the largest prefill size."""
-        return self._layout_and_program("prefill", self._options.sizes.tokens[-1])
+        return self.named("prefill", self._options.sizes.tokens[-1])
+
+    def named(self, kind: str, size: int) -> tuple[InputLayout, Compiled]:
+        """Layout and program of a step; waits for it."""
+        layout = self._layouts.get((kind, size))
+        if layout is None:
+            layout = self._layouts[kind, size] = self._options.layout(kind, size)
+        return layout, self.get(kind, size)
 
     def sampler(self, num_rows: int) -> Compiled:
         """The sampler program for a step of `num_rows` rows; waits for it."""
@@ -364,15 +400,12 @@ class Programs:
         kind, size = key
         return "sampler", size if kind == "decode" else self._table_rows
 
-    def _layout_and_program(self, kind: str, size: int) -> tuple[InputLayout, Compiled]:
-        layout = self._layouts.get((kind, size))
-        if layout is None:
-            layout = self._layouts[kind, size] = self._options.layout(kind, size)
-        return layout, self.get(kind, size)
-
     def _is_ready(self, key: tuple[str, int]) -> bool:
         future = self._futures.get(key)
-        return future is not None and future.done()
+        if future is None or not future.done():
+            return False
+        readiness = self._readiness
+        return readiness is None or readiness.is_ready(self._options.num_blocks, key)
 
     def _submit(self, key: tuple[str, int]) -> Future[Compiled]:
         with self._lock:
@@ -392,4 +425,6 @@ class Programs:
             self._num_compiled += found is None
         if store and found is None:
             store.save(num_blocks, key, executable, trees)
+        if self._readiness is not None:
+            self._readiness.note_ready(num_blocks, key)
         return executable.program

@@ -10,7 +10,6 @@ from jllm.engine.admission import Job
 from jllm.engine.inputs import InputLayout
 from jllm.engine.logprobs import token_logprobs
 from jllm.engine.pooling import PoolSegment
-from jllm.engine.steps import StepResult
 from jllm.sampling.logprobs import ResultLayout
 from jllm.scheduler.launched import SequenceUpdate, StepUpdates
 from jllm.scheduler.plan import StepPlan
@@ -28,7 +27,7 @@ class InFlight:
         jobs: The sequences of its rows; some may end before it is read.
         packed: Its result on the device, on its way to the host.
         has_logprobs: Whether the result is the sampler program's.
-        unsampled: What the sampler program takes, where it has not been called yet.
+        is_unsampled: Whether the sampler program has still to be called.
         layout: Sizes of the program that ran.
         prompt_packed: Prompt log-probabilities of all tokens of the step.
         segments: Its tokens whose hidden states are summed.
@@ -39,7 +38,7 @@ class InFlight:
     jobs: list[Job]
     packed: jax.Array
     has_logprobs: bool
-    unsampled: StepResult | None
+    is_unsampled: bool
     layout: InputLayout
     prompt_packed: jax.Array | None = None
     segments: Sequence[PoolSegment] = ()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jllm.config import EngineConfig, WindowPool
+from jllm.distributed.leader import Leader
 from jllm.engine.builder import ProgramBuilder
 from jllm.engine.executables import ExecutableStore, fingerprint
 from jllm.engine.memory import (
@@ -24,7 +25,12 @@ from jllm.engine.memory import (
     group_block_bytes,
 )
 from jllm.engine.options import Resolved
-from jllm.engine.programs import ProgramOptions, Programs, sampler_bytes
+from jllm.engine.programs import (
+    ProgramOptions,
+    Programs,
+    Readiness,
+    sampler_bytes,
+)
 from jllm.models.base import Model, ParamSpec, Weights
 from jllm.sampling.rules import RuleLayout
 from jllm.weights.hub import CheckpointFiles
@@ -53,6 +59,7 @@ class StartPlan:
         model: The network.
         mesh: Devices that share each layer.
         capacity: Bytes that each device can give.
+        leader: The other hosts, on the first of several.
     """
 
     config: EngineConfig
@@ -61,6 +68,7 @@ class StartPlan:
     model: Model
     mesh: Mesh
     capacity: int
+    leader: Leader | None = None
 
     @property
     def place(self) -> NamedSharding:
@@ -179,15 +187,28 @@ class StartPlan:
         num_blocks = self.choose_blocks(store, pools, temporaries)
         if pools and self.config.num_blocks is None:
             pools.add(num_blocks)
-        return self.compile(num_blocks, store)
+        if self.leader is not None:
+            self.leader.announce_pool(num_blocks)
+        return self.compile(num_blocks, store, self.leader)
 
-    def compile(self, num_blocks: int, store: ExecutableStore | None) -> "Compiling":
-        """Starts to compile for a pool."""
+    def compile(
+        self,
+        num_blocks: int,
+        store: ExecutableStore | None = None,
+        readiness: Readiness | None = None,
+    ) -> "Compiling":
+        """Starts to compile for a pool.
+
+        Args:
+            num_blocks: Its size.
+            store: Where executables are exported to, if they are.
+            readiness: What the other hosts have, where there are some.
+        """
         options = program_options(self.resolved, self.model, num_blocks)
         builder = ProgramBuilder(
             self.model, options, self.weights(), self.place, use_cache=store is None
         )
-        programs = Programs(builder, options, store)
+        programs = Programs(builder, options, store, readiness)
         programs.start()
         return Compiling(options, programs)
 

@@ -112,9 +112,9 @@ def test_a_row_that_is_not_finite_fails_alone():
     good = request("good", range(3, 40), temperature=0, max_tokens=8, ignore_eos=True)
     expected = run(engine, [good])
     poisoned = 300
-    weights = dict(engine._parts.weights)
+    weights = dict(engine.weights)
     weights["embed"] = weights["embed"].at[poisoned].set(jnp.nan)
-    engine._parts = dataclasses.replace(engine._parts, weights=weights)
+    engine.executor.weights = weights
     engine.add(request("bad", [*range(50, 90), poisoned, 5, 6], max_tokens=8))
     engine.add(good)
     outputs = drain(engine)

@@ -89,7 +89,7 @@ def expected():
 
 def spoil_free_blocks(engine):
     """Makes all that is in no table and no cache NaN."""
-    kv = list(engine._state.kv)
+    kv = list(engine.state.kv)
     groups = engine._parts.model.cache_groups
     for group, pool in zip(groups, engine.scheduler.pools, strict=True):
         # As long as the pool, so that one program does: the others are dropped.
@@ -97,7 +97,7 @@ def spoil_free_blocks(engine):
         free[: len(pool._free)] = pool._free
         for layer in group.layers:
             kv[layer] = kv[layer].at[free].set(jnp.nan, mode="drop")
-    engine._state = dataclasses.replace(engine._state, kv=tuple(kv))
+    engine.executor.state = dataclasses.replace(engine.state, kv=tuple(kv))
 
 
 def test_the_window_matters(expected):

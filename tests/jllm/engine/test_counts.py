@@ -155,9 +155,7 @@ def test_a_step_is_launched_before_the_last_ones_tokens_are_read(monkeypatch):
 
 
 def test_few_leaves_per_call(engine):
-    leaves = len(jax.tree.leaves(engine.state)) + len(
-        jax.tree.leaves(engine._parts.weights)
-    )
+    leaves = len(jax.tree.leaves(engine.state)) + len(jax.tree.leaves(engine.weights))
     num_layers = 2
     assert leaves <= 5 * num_layers + 10
 
@@ -193,7 +191,7 @@ def large_moves(text, shapes):
 def shapes_to_watch(engine):
     """Dimensions of every pool leaf and weight matrix, as they are and flattened."""
     watched = [sorted(leaf.shape) for leaf in engine.state.kv]
-    for leaf in jax.tree.leaves(engine._parts.weights):
+    for leaf in jax.tree.leaves(engine.weights):
         if leaf.ndim > 1 and leaf.size > 2000:
             flat = [leaf.size // leaf.shape[-1], leaf.shape[-1]]
             watched += [sorted(leaf.shape), sorted(flat)]

@@ -71,8 +71,8 @@ def test_greedy_tokens_are_those_of_the_plain_forward(config):
             lengths=jnp.array([count], jnp.int32),
         )
         kv = model.init_kv(16, 16)
-        hidden, _ = model.forward(engine._parts.weights, kv, batch)
-        logits = model.logits(engine._parts.weights, hidden[-1:])
+        hidden, _ = model.forward(engine.weights, kv, batch)
+        logits = model.logits(engine.weights, hidden[-1:])
         assert int(jnp.argmax(logits)) == token
         context.append(token)
 

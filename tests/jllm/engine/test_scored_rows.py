@@ -27,8 +27,7 @@ def test_the_program_has_a_branch_per_size():
 @pytest.mark.parametrize("num_sampling", [0, 1, 2, 8])
 def test_logits_past_the_scored_rows_are_not_computed(num_sampling):
     engine = shared_engine()
-    parts = engine._parts
-    layout, program = parts.programs.largest_prefill()
+    layout, program = engine.programs.largest_prefill()
     fields = np.zeros(layout.shapes["fields"][1], np.int32)
     rows = [
         ScheduledRow(i, i, 0, 3, (5 + i, 6, 7), i < num_sampling, starts=True,
@@ -37,7 +36,7 @@ def test_logits_past_the_scored_rows_are_not_computed(num_sampling):
     ]  # fmt: skip
     plan = StepPlan(1, NO_DECODE_ROWS, tuple(rows), 24)
     state = jax.tree.map(lambda leaf: leaf + 0, engine.state)
-    _, result = program(parts.weights, state, pack(plan, layout, lambda _: fields))
+    _, result = program(engine.weights, state, pack(plan, layout, lambda _: fields))
     scored = min(n for n in layout.scored_rows if n >= num_sampling)
     logits = np.asarray(result.logits)
     assert np.abs(logits[:scored, :331]).max(axis=1).min() > 0
@@ -48,12 +47,11 @@ def test_logits_past_the_scored_rows_are_not_computed(num_sampling):
 def test_rows_that_do_not_sample_are_checked_too():
     """A step that computes only a part of a prompt still sees that it went wrong."""
     engine = shared_engine()
-    parts = engine._parts
-    layout, program = parts.programs.largest_prefill()
-    weights = dict(parts.weights)
+    layout, program = engine.programs.largest_prefill()
+    weights = dict(engine.weights)
     embed = np.array(weights["embed"])
     embed[9] = np.nan
-    weights["embed"] = jax.device_put(embed, parts.weights["embed"].sharding)
+    weights["embed"] = jax.device_put(embed, engine.weights["embed"].sharding)
     fields = np.zeros(layout.shapes["fields"][1], np.int32)
     rows = [
         ScheduledRow(i, i, 0, 1, (8 + i,), samples=False, starts=True, new_blocks=(i,))
@@ -69,13 +67,13 @@ def test_scores_cost_by_the_rows_that_sample():
     """Flops of a step that always scores so many rows, by the compiler's count."""
     engine = shared_engine()
     parts = engine._parts
-    layout, _ = parts.programs.largest_prefill()
+    layout, _ = engine.programs.largest_prefill()
 
     def flops(count):
         own = dataclasses.replace(layout, scored_rows=(count,))
         step = partial(prefill_step, parts.model, own, parts.options.draw_method)
         vector = np.zeros(layout.size, np.int32)
-        compiled = jax.jit(step).lower(parts.weights, engine.state, vector).compile()
+        compiled = jax.jit(step).lower(engine.weights, engine.state, vector).compile()
         return compiled.cost_analysis()["flops"]
 
     assert flops(8) - flops(1) >= 7 * 2 * 56 * parts.model.padded_vocab_size
@@ -100,7 +98,7 @@ def test_without_branches_a_row_is_scored_once_however_long_its_chunk():
     assert layout.num_tokens > layout.num_rows
     step = partial(prefill_step, parts.model, layout, options.draw_method)
     vector = np.zeros(layout.size, np.int32)
-    jaxpr = jax.make_jaxpr(step)(parts.weights, shared_engine().state, vector)
+    jaxpr = jax.make_jaxpr(step)(shared_engine().weights, shared_engine().state, vector)
     width = parts.model.padded_vocab_size
     products = [
         eqn.outvars[0].aval.shape

@@ -8,7 +8,7 @@ import pytest
 
 from jllm.engine.builder import ProgramBuilder
 from jllm.engine.memory import PoolSizes
-from tests.engines import drain, make_engine, request, shared_engine
+from tests.engines import SMALL, drain, make_engine, request, shared_engine
 
 SMALL_SIZES = {"max_num_seqs": 5, "max_num_batched_tokens": 96}
 """Two decode sizes and two prefill sizes."""
@@ -62,6 +62,23 @@ def test_a_size_whose_sampler_is_not_ready_is_passed_over(monkeypatch):
     assert size(1, has_rules=True) == ("prefill", 64)
     ready.remove(("sampler", 8))
     assert size(1, has_rules=True) == ("prefill", 64)
+
+
+def test_a_size_that_another_host_lacks_is_passed_over(monkeypatch):
+    ready = {("decode", 8), ("prefill", 64)}
+
+    class Others:
+        def is_ready(self, num_blocks, key):
+            assert num_blocks == SMALL["num_blocks"]
+            return key in ready
+
+    programs = shared_engine().programs
+    programs.get("decode", 8)
+    monkeypatch.setattr(programs, "_readiness", Others())
+    wanted = {"is_decode": True, "num_rows": 8, "num_tokens": 8, "has_rules": False}
+    assert programs.step(**wanted)[0].kind == "decode"
+    ready.remove(("decode", 8))
+    assert programs.step(**wanted)[0].kind == "prefill"
 
 
 def test_every_shape_at_once_compiles_nothing_once_ready():
