@@ -22,6 +22,7 @@ from jllm.errors import ConfigError
 from jllm.layers.kernels import Target
 from jllm.models.base import Model, ModelOptions, Weights
 from jllm.models.hf_config import read_integer
+from jllm.models.pipeline import pipelined
 from jllm.models.registry import build_model
 from jllm.scheduler.scheduler import Scheduler
 from jllm.weights.hub import CheckpointFiles, resolve_model
@@ -45,18 +46,36 @@ def create_engine(config: EngineConfig) -> Engine | Replicas:
         config.compilation_cache_dir, fills=config.executables is None
     )
     files = resolve_files(config)
-    size, replicas = config.tensor_parallel_size, config.data_parallel_size
-    devices = jax.devices()
-    if size * replicas > len(devices):
-        raise ConfigError(
-            f"tensor_parallel_size={size} x data_parallel_size={replicas} needs "
-            f"{size * replicas} devices, but there are {len(devices)}"
-        )
-    mesh = make_mesh(tensor=size, data=replicas, devices=devices[: size * replicas])
+    replicas = config.data_parallel_size
+    mesh = device_mesh(config)
     engines = [
         _create_replica(config, files, sub_mesh) for sub_mesh in replica_meshes(mesh)
     ]
     return engines[0] if replicas == 1 else Replicas(engines)
+
+
+def device_mesh(config: EngineConfig) -> jax.sharding.Mesh:
+    """The first devices, as many as all axes together need.
+
+    Raises:
+        ConfigError: There are fewer.
+    """
+    sizes = {
+        name: getattr(config, name)
+        for name in (
+            "pipeline_parallel_size",
+            "tensor_parallel_size",
+            "data_parallel_size",
+        )
+    }
+    pipe, tensor, data = sizes.values()
+    devices, needed = jax.devices(), math.prod(sizes.values())
+    if needed > len(devices):
+        product = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(
+            f"{product} needs {needed} devices, but there are {len(devices)}"
+        )
+    return make_mesh(tensor=tensor, data=data, pipe=pipe, devices=devices[:needed])
 
 
 def use_compilation_cache(folder: str | None, *, fills: bool) -> None:
@@ -103,6 +122,8 @@ def _create_replica(
             mesh=mesh if mesh.size > 1 else None,
         ),
     )
+    if config.pipeline_parallel_size > 1:
+        model = pipelined(model)
     plan = StartPlan(config, files, resolved, model, mesh, capacity)
     # Compiled from shapes, while the weights are read.
     compiling = plan.start()
@@ -173,6 +194,7 @@ def _assemble(plan: StartPlan, compiling: Compiling, weights: Weights) -> Engine
             max_block_copies=options.max_copies,
             enable_prefix_caching=config.enable_prefix_caching,
             window_pools=options.window_pools,
+            num_stages=config.pipeline_parallel_size,
         )
     )
     limits = Limits(
