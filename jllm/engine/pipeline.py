@@ -35,7 +35,6 @@ from jllm.engine.steps import (
     score_rows,
     score_sampling_rows,
 )
-from jllm.layers.batch import WindowTables
 from jllm.models.base import Batch, CacheGroup, Weights
 from jllm.models.pipeline import OF_STAGE, Microbatch, PipelinedDecoder
 from jllm.sampling.draws import DrawMethod
@@ -85,19 +84,17 @@ def describe_flights(
     def array(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((stages, *shape), jnp.dtype(dtype), sharding=place)
 
-    windows = range(len(layout.window_pool_blocks))
-    batch = Batch(
+    groups = 1 + len(layout.window_pool_blocks)
+    copies = array(layout.max_copies)
+    microbatches = Microbatch(
         tokens=array(tokens),
         positions=array(tokens),
-        slots=array(tokens),
-        block_tables=array(rows, max_blocks),
         row_starts=array(rows + 1),
         lengths=array(rows),
-        windows=tuple(
-            WindowTables(array(tokens), array(rows, max_blocks)) for _ in windows
-        ),
+        slots=(array(tokens),) * groups,
+        block_tables=(array(rows, max_blocks),) * groups,
+        copies=((copies, copies),) * groups,
     )
-    copies = array(layout.max_copies)
     return Flights(
         tick=jax.ShapeDtypeStruct((), jnp.int32, sharding=place),
         hidden=jax.ShapeDtypeStruct(
@@ -105,7 +102,7 @@ def describe_flights(
             model.options.dtype,
             sharding=NamedSharding(place.mesh, OF_STAGE),
         ),
-        microbatches=Microbatch(batch, tuple((copies, copies) for _ in (0, *windows))),
+        microbatches=microbatches,
         row_ids=array(rows),
         samples=array(rows, dtype="bool"),
         num_samples=array(),
@@ -139,7 +136,7 @@ def decode_tick(
         (nothing, _past(size, 0, layout.max_copies))
         for size in (layout.num_pool_blocks, *layout.window_pool_blocks)
     )
-    state = _board(layout, state, turn, Microbatch(ragged, copies), count)
+    state = _board(layout, state, turn, Microbatch.of(ragged, copies), count)
     state, leaving, hidden = _advance(model, layout, weights, state, batch)
     drawn = score_rows(
         model, method, weights, layout.num_rows, hidden, leaving.sampling()
@@ -169,11 +166,11 @@ def prefill_tick(
     copies = [(inputs.copy_sources, inputs.copy_targets)]
     if inputs.window_sources is not None and inputs.window_targets is not None:
         copies += zip(inputs.window_sources, inputs.window_targets, strict=True)
-    microbatch = Microbatch(batch, tuple(copies))
+    microbatch = Microbatch.of(batch, tuple(copies))
     state = _board(layout, state, turn, microbatch, jnp.sum(inputs.samples))
     state, leaving, hidden = _advance(model, layout, weights, state, batch)
     place = _oldest(state.flights)
-    starts = _at(state.flights.microbatches.batch.row_starts, place)
+    starts = _at(state.flights.microbatches.row_starts, place)
     drawn = score_sampling_rows(
         partial(score_rows, model, method, weights),
         layout,
@@ -212,12 +209,12 @@ def _board(
     place = tick % num_stages
     rows = turn.rows.fields.at[:, RowField.POSITION].set(turn.positions())
     state = dataclasses.replace(
-        record_tokens(state, microbatch.batch), rows=state.rows.put(turn.row_ids, rows)
+        record_tokens(state, microbatch.batch()),
+        rows=state.rows.put(turn.row_ids, rows),
     )
-    batch = _widened(layout, state, microbatch.batch, num_tokens)
     padding = _past(layout.table_rows, layout.num_rows, layout.table_rows)
     entries = {
-        "microbatches": dataclasses.replace(microbatch, batch=batch),
+        "microbatches": _widened(layout, state, microbatch, num_tokens),
         "row_ids": jnp.concatenate([turn.row_ids, padding]),
         "samples": _filled(turn.samples, layout.table_rows),
         "num_samples": num_samples.astype(jnp.int32),
@@ -233,9 +230,9 @@ def _board(
 
 
 def _widened(
-    layout: InputLayout, state: EngineState, batch: Batch, num_tokens: int
-) -> Batch:
-    """The batch with padding up to the largest sizes, as a prefill program has it."""
+    layout: InputLayout, state: EngineState, microbatch: Microbatch, num_tokens: int
+) -> Microbatch:
+    """Padded up to the largest sizes, as a prefill program has it."""
     block_size, rows = state.block_tokens.shape[1], layout.table_rows
     sizes = (layout.num_pool_blocks, *layout.window_pool_blocks)
 
@@ -243,17 +240,14 @@ def _widened(
         past = _past(num_blocks * block_size, x.shape[0], num_tokens)
         return jnp.concatenate([x, past])
 
-    return Batch(
-        tokens=_filled(batch.tokens, num_tokens),
-        positions=_filled(batch.positions, num_tokens),
-        slots=slots(batch.slots, sizes[0]),
-        block_tables=_filled(batch.block_tables, rows),
-        row_starts=_filled(batch.row_starts, rows + 1, mode="edge"),
-        lengths=_filled(batch.lengths, rows),
-        windows=tuple(
-            WindowTables(slots(tables.slots, size), _filled(tables.block_tables, rows))
-            for tables, size in zip(batch.windows, sizes[1:], strict=True)
-        ),
+    return Microbatch(
+        tokens=_filled(microbatch.tokens, num_tokens),
+        positions=_filled(microbatch.positions, num_tokens),
+        row_starts=_filled(microbatch.row_starts, rows + 1, mode="edge"),
+        lengths=_filled(microbatch.lengths, rows),
+        slots=tuple(map(slots, microbatch.slots, sizes)),
+        block_tables=tuple(_filled(table, rows) for table in microbatch.block_tables),
+        copies=microbatch.copies,
     )
 
 
@@ -288,24 +282,19 @@ def _advance(
 
 def _narrowed(microbatches: Microbatch, layout: InputLayout) -> Microbatch:
     """All microbatches, cut to the sizes of a program that holds each of them."""
-    batch, rows, tokens = microbatches.batch, layout.num_rows, layout.num_tokens
-    narrow = dataclasses.replace(
-        batch,
-        tokens=batch.tokens[:, :tokens],
-        positions=batch.positions[:, :tokens],
-        slots=batch.slots[:, :tokens],
-        block_tables=batch.block_tables[:, :rows],
-        row_starts=batch.row_starts[:, : rows + 1],
-        lengths=batch.lengths[:, :rows],
-        windows=tuple(
-            WindowTables(tables.slots[:, :tokens], tables.block_tables[:, :rows])
-            for tables in batch.windows
-        ),
-        is_decode=layout.kind == "decode",
+    rows, tokens = layout.num_rows, layout.num_tokens
+    is_decode = layout.kind == "decode"
+    return Microbatch(
+        tokens=microbatches.tokens[:, :tokens],
+        positions=microbatches.positions[:, :tokens],
+        row_starts=microbatches.row_starts[:, : rows + 1],
+        lengths=microbatches.lengths[:, :rows],
+        slots=tuple(slots[:, :tokens] for slots in microbatches.slots),
+        block_tables=tuple(table[:, :rows] for table in microbatches.block_tables),
+        # Blocks are copied for rows that start, which only prefill programs take in.
+        copies=() if is_decode else microbatches.copies,
+        is_decode=is_decode,
     )
-    # Blocks are copied for rows that start, which only prefill programs take in.
-    copies = () if narrow.is_decode else microbatches.copies
-    return Microbatch(narrow, copies)
 
 
 def _oldest(flights: Flights) -> Int[Array, ""]:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from jllm.errors import ConfigError
 from jllm.layers.attention import KV_HEADS, copy_cache_blocks
+from jllm.layers.batch import WindowTables
 from jllm.layers.kernels import TileLayout
 from jllm.models.base import (
     Batch,
@@ -45,14 +46,61 @@ EVERYWHERE = PartitionSpec()
 class Microbatch:
     """What the stages need to know of a microbatch beside its hidden states.
 
+    A `Batch`, but that microbatches can be stacked, or be shapes instead of arrays.
+
     Attributes:
-        batch: Its tokens.
+        tokens: As in `Batch`, like those that follow.
+        positions: Position of each token in its own sequence.
+        row_starts: First token of each row, then their number.
+        lengths: Tokens of each row in the cache after the step.
+        slots: Where keys and values go, in each cache group.
+        block_tables: Pool blocks of each row, in each cache group.
         copies: Blocks to be copied before, as sources and targets in each cache group;
             none where the program copies nothing.
+        is_decode: Whether every row has exactly one token.
     """
 
-    batch: Batch
-    copies: tuple[tuple[Array, Array], ...] = ()
+    tokens: Any  # i32[T]
+    positions: Any  # i32[T]
+    row_starts: Any  # i32[S + 1]
+    lengths: Any  # i32[S]
+    slots: tuple[Any, ...]  # i32[T]
+    block_tables: tuple[Any, ...]  # i32[S, M]
+    copies: tuple[tuple[Any, Any], ...] = ()  # i32[C] twice
+    is_decode: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls, batch: Batch, copies: tuple[tuple[Array, Array], ...] = ()
+    ) -> "Microbatch":
+        """A batch with the copies that go before it."""
+        return cls(
+            tokens=batch.tokens,
+            positions=batch.positions,
+            row_starts=batch.row_starts,
+            lengths=batch.lengths,
+            slots=(batch.slots, *(tables.slots for tables in batch.windows)),
+            block_tables=(
+                batch.block_tables,
+                *(tables.block_tables for tables in batch.windows),
+            ),
+            copies=copies,
+            is_decode=batch.is_decode,
+        )
+
+    def batch(self) -> Batch:
+        """It as a batch again, if it is one and not a stack."""
+        full, *windows = map(WindowTables, self.slots, self.block_tables)
+        return Batch(
+            tokens=self.tokens,
+            positions=self.positions,
+            slots=full.slots,
+            block_tables=full.block_tables,
+            row_starts=self.row_starts,
+            lengths=self.lengths,
+            windows=tuple(windows),
+            is_decode=self.is_decode,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,27 +245,23 @@ class PipelinedDecoder:
         for turn in range(self.num_stages):
             alone = self._alone(batch, kv, stages == turn)
             final, hidden, kv = self.advance(
-                weights, kv, entering, hidden, Microbatch(alone), stages
+                weights, kv, entering, hidden, alone, stages
             )
         return (final, kv) if capture is None else (final, kv, probe.captured)
 
-    def _alone(self, batch: Batch, kv: KVCache, takes_turn: Array) -> Batch:
+    def _alone(self, batch: Batch, kv: KVCache, takes_turn: Array) -> Microbatch:
         """The batch for every stage, with slots past the pool where it has no turn."""
         everywhere = jax.tree.map(
-            lambda x: jnp.broadcast_to(x[None], (self.num_stages, *x.shape)), batch
+            lambda x: jnp.broadcast_to(x[None], (self.num_stages, *x.shape)),
+            Microbatch.of(batch),
         )
         past = max(pool.shape[1] * pool.shape[4] for pool in kv)
         nowhere = past + jnp.arange(batch.slots.shape[0], dtype=jnp.int32)[None, :]
-
-        def chosen(slots: Array) -> Array:
-            return jnp.where(takes_turn[:, None], slots, nowhere)
-
-        windows = tuple(
-            dataclasses.replace(tables, slots=chosen(tables.slots))
-            for tables in everywhere.windows
+        slots = tuple(
+            jnp.where(takes_turn[:, None], of_group, nowhere)
+            for of_group in everywhere.slots
         )
-        slots = chosen(everywhere.slots)
-        return dataclasses.replace(everywhere, slots=slots, windows=windows)
+        return dataclasses.replace(everywhere, slots=slots)
 
     def logits(
         self, weights: Weights, hidden: Float[Array, "N E"]
@@ -296,7 +340,7 @@ class PipelinedDecoder:
             own,
             taken,
             pools,
-            here.batch,
+            here.batch(),
             Probe((), (), None),
             self._taking_part(_only(takes_part)),
         )
