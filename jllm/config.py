@@ -133,6 +133,9 @@ class EngineConfig:
         "auto", "attention implementation; a forced one never falls back"
     )
     tensor_parallel_size: int = _option(1, "devices that share each layer")
+    pipeline_parallel_size: int = _option(
+        1, "stages that share the stack of layers, each on devices of its own"
+    )
     data_parallel_size: int = _option(1, "independent replicas of the model")
     compile_ahead: bool = _option(
         True, "compile all sizes in the background; off: two sizes serve everything"
@@ -159,7 +162,11 @@ class EngineConfig:
         ):
             if getattr(self, field) is not None:
                 self._check_integer(field, 1)
-        for field in ("tensor_parallel_size", "data_parallel_size"):
+        for field in (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "data_parallel_size",
+        ):
             self._check_integer(field, 1)
         self._check_integer("seed", 0)
         self._check_integer("max_logprobs", -1)
@@ -256,6 +263,7 @@ class SchedulerConfig:
         max_preemptions: Most preemptions of one sequence; a sequence that has reached
             it starts only when all blocks that it can need are reserved for it.
         window_pools: The pools of the other layers, one for each window.
+        num_stages: Steps that a row is on its way; it is scheduled once in so many.
     """
 
     max_num_seqs: int
@@ -268,6 +276,7 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     max_preemptions: int = 8
     window_pools: tuple[WindowPool, ...] = ()
+    num_stages: int = 1
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a limit below 1."""

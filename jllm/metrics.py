@@ -41,6 +41,8 @@ class EngineMetrics:
         scheduled_rows: Rows of all steps.
         scheduled_tokens: Tokens computed, prompt and output.
         padded_tokens: The same with the padding of the programs that ran.
+        idle_stage_steps: Stages without a microbatch, summed over the steps; the rest
+            of `steps` times the stages did something.
         launch_seconds: Host time spent packing and dispatching.
         grammar_seconds: Host time spent on the grammars of structured outputs.
         kernel_fallbacks: Kernels of the accelerator that could not be used, each
@@ -56,6 +58,7 @@ class EngineMetrics:
     scheduled_rows: int = 0
     scheduled_tokens: int = 0
     padded_tokens: int = 0
+    idle_stage_steps: int = 0
     launch_seconds: float = 0.0
     grammar_seconds: float = 0.0
     kernel_fallbacks: int = 0

@@ -16,6 +16,7 @@ DEFAULT_RULES: Rules = MappingProxyType(
         "kv_heads": (TENSOR,),
         "mlp": (TENSOR,),
         "experts": (EXPERT,),
+        "stages": (PIPE,),
         # Embedding and head belong to no stage: all of them share the vocabulary.
         "vocab": (PIPE, TENSOR),
     }

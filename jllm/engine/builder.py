@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, Sharding
 
 from jllm.engine.executables import Executable
+from jllm.engine.pipeline import decode_tick, prefill_tick
 from jllm.engine.pooling import pool_step
 from jllm.engine.programs import ProgramOptions, describe, describe_state
 from jllm.engine.state import EngineState
@@ -24,9 +25,11 @@ from jllm.engine.steps import (
 )
 from jllm.layers.kernels import collect_fallbacks
 from jllm.models.base import Model, Weights
+from jllm.models.pipeline import PipelinedDecoder
 from jllm.sampling.rules import RuleLayout
 from jllm.sampling.sampler import SamplerOptions
 from jllm.sampling.transforms import ThresholdSearch
+from shardings.rules import partition_spec
 
 
 def local_zeros(description: jax.ShapeDtypeStruct) -> jax.Array:
@@ -46,6 +49,13 @@ def local_zeros(description: jax.ShapeDtypeStruct) -> jax.Array:
 def empty_state(description: EngineState) -> EngineState:
     """A state without requests: zeros, since a NaN in an unused place would spread."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), description)
+
+
+def step_function(model: Model, kind: str) -> Callable[..., Any]:
+    """What a step of a kind computes, of the model, a layout and a draw method on."""
+    if isinstance(model, PipelinedDecoder):
+        return decode_tick if kind == "decode" else prefill_tick
+    return decode_step if kind == "decode" else prefill_step
 
 
 class ProgramBuilder:
@@ -115,7 +125,7 @@ class ProgramBuilder:
     def step(self, kind: str, size: int) -> Executable:
         """A decode program of `size` rows, or a prefill program of `size` tokens."""
         layout = self._options.layout(kind, size)
-        function = decode_step if kind == "decode" else prefill_step
+        function = step_function(self._model, kind)
         step = partial(function, self._model, layout, self._options.draw_method)
         vector = self._array((layout.size,), jnp.int32)
         return self._compile(step, (self._weights, self._state, vector), state_at=1)
@@ -171,7 +181,8 @@ class ProgramBuilder:
     def _step_result(self, num_tokens: int) -> StepResult:
         """Description of what a prefill step of `num_tokens` tokens leaves."""
         layout = self._options.layout("prefill", num_tokens)
-        step = partial(prefill_step, self._model, layout, self._options.draw_method)
+        function = step_function(self._model, "prefill")
+        step = partial(function, self._model, layout, self._options.draw_method)
         vector = self._array((layout.size,), jnp.int32)
         _, result = jax.eval_shape(step, self._weights, self._state, vector)
         placed = jax.tree.map(lambda x: self._array(x.shape, x.dtype), result)
@@ -201,7 +212,7 @@ class ProgramBuilder:
     @property
     def _logits_place(self) -> Sharding:
         """Logits stay where the vocabulary is."""
-        return NamedSharding(self._place.mesh, PartitionSpec(None, "tensor"))
+        return NamedSharding(self._place.mesh, partition_spec((None, "vocab")))
 
     def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._place)

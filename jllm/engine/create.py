@@ -28,6 +28,7 @@ from jllm.errors import ConfigError
 from jllm.layers.kernels import Target
 from jllm.models.base import Model, ModelOptions, Weights
 from jllm.models.hf_config import read_integer
+from jllm.models.pipeline import pipelined
 from jllm.models.registry import build_model
 from jllm.sampling.rules import RuleLayout
 from jllm.scheduler.scheduler import Scheduler
@@ -83,22 +84,40 @@ def make_meshes(config: EngineConfig) -> tuple[Mesh, ...]:
     Raises:
         ConfigError: They are too few, or a host has none in use.
     """
-    size, replicas = config.tensor_parallel_size, config.data_parallel_size
-    devices = jax.devices()
-    if size * replicas > len(devices):
-        raise ConfigError(
-            f"tensor_parallel_size={size} x data_parallel_size={replicas} needs "
-            f"{size * replicas} devices, but there are {len(devices)}"
-        )
-    mesh = make_mesh(tensor=size, data=replicas, devices=devices[: size * replicas])
+    mesh = device_mesh(config)
     used = {device.process_index for device in mesh.devices.flat}
+    devices = jax.devices()
     idle = sorted({device.process_index for device in devices} - used)
     if idle:
         raise ConfigError(
-            f"tensor_parallel_size={size} leaves the {len(devices)} devices of all "
-            f"hosts partly idle: host {', '.join(map(str, idle))} has nothing to do"
+            f"{mesh.size} devices leave the {len(devices)} of all hosts partly idle: "
+            f"host {', '.join(map(str, idle))} has nothing to do"
         )
     return replica_meshes(mesh)
+
+
+def device_mesh(config: EngineConfig) -> jax.sharding.Mesh:
+    """The first devices, as many as all axes together need.
+
+    Raises:
+        ConfigError: There are fewer.
+    """
+    sizes = {
+        name: getattr(config, name)
+        for name in (
+            "pipeline_parallel_size",
+            "tensor_parallel_size",
+            "data_parallel_size",
+        )
+    }
+    pipe, tensor, data = sizes.values()
+    devices, needed = jax.devices(), math.prod(sizes.values())
+    if needed > len(devices):
+        product = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(
+            f"{product} needs {needed} devices, but there are {len(devices)}"
+        )
+    return make_mesh(tensor=tensor, data=data, pipe=pipe, devices=devices[:needed])
 
 
 def use_compilation_cache(folder: str | None, *, fills: bool) -> None:
@@ -158,6 +177,8 @@ def plan_replica(
             mesh=mesh if mesh.size > 1 else None,
         ),
     )
+    if config.pipeline_parallel_size > 1:
+        model = pipelined(model)
     return StartPlan(config, files, resolved, model, mesh, capacity, leader)
 
 
@@ -244,6 +265,7 @@ def _assemble(plan: StartPlan, compiling: Compiling, weights: Weights) -> Engine
             max_block_copies=options.max_copies,
             enable_prefix_caching=config.enable_prefix_caching,
             window_pools=options.window_pools,
+            num_stages=config.pipeline_parallel_size,
         )
     )
     limits = Limits(

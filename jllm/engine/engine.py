@@ -22,6 +22,7 @@ from jllm.engine.memory import group_block_bytes
 from jllm.engine.pooling import add_sums, claim_segments, pool_owners
 from jllm.engine.programs import ProgramOptions, Programs
 from jllm.engine.results import InFlight, step_outputs
+from jllm.engine.stages import Stages
 from jllm.engine.state import row_fields
 from jllm.errors import InvalidRequestError
 from jllm.metrics import EngineStats
@@ -85,6 +86,7 @@ class Engine:
         self._scheduler = parts.scheduler
         self._executor = parts.executor
         self.metrics = parts.executor.metrics
+        self._stages = Stages(parts.scheduler.config.num_stages)
         self._in_flight: InFlight | None = None
         self._open: dict[str, list[Request]] = {}
         self._next_id = 0
@@ -136,7 +138,8 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether a step would do anything."""
-        return self._scheduler.has_unfinished or self._in_flight is not None
+        is_busy = self._in_flight is not None or self._stages.are_busy
+        return is_busy or self._scheduler.has_unfinished
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request.
@@ -245,22 +248,25 @@ class Engine:
     def _launch(self, plan: StepPlan) -> InFlight:
         """Packs and dispatches a step; returns before it is computed.
 
-        The sampler program of a step with grammars is left to the caller.
+        In a pipeline what is launched is not what comes out. The sampler program of a
+        step with grammars is left to the caller.
         """
         began = time.perf_counter()
-        programs, jobs = self.programs, self._jobs(plan)
+        programs, entering, stages = self.programs, plan, self._stages
+        stages.enter(plan, self._jobs(plan))
+        plan, jobs = stages.oldest
         wants_prompt = wants_prompt_logprobs(plan, jobs)
         has_logprobs = wants_prompt or wants_sampler(plan, jobs)
         if wants_prompt:
             layout, program = programs.largest_prefill()
         else:
             layout, program = programs.step(
-                is_decode=plan.is_decode,
-                num_rows=plan.num_rows,
-                num_tokens=plan.num_tokens,
+                is_decode=stages.decode_only,
+                num_rows=stages.most_rows,
+                num_tokens=stages.most_tokens,
                 has_rules=has_logprobs,
             )
-        vector = pack(plan, layout, self._start_fields)
+        vector = pack(entering, layout, self._start_fields)
         packed = self._executor.step(layout, program, vector)
         flight = InFlight(plan, jobs, packed, has_logprobs, has_logprobs, layout)
         flight = self._pool(flight)
@@ -270,7 +276,9 @@ class Engine:
             flight = self._sample(flight)
         self.metrics.kernel_fallbacks = programs.num_fallbacks
         self.metrics.steps += 1
-        self._count_tokens(plan, layout)
+        self.metrics.idle_stage_steps += stages.num_idle
+        stages.leave()
+        self._count_tokens(entering, layout)
         self.metrics.launch_seconds += time.perf_counter() - began
         return flight
 
@@ -323,6 +331,8 @@ class Engine:
 
     def _collect(self, flight: InFlight) -> StepOutputs:
         """Waits for a step, commits its tokens and reports them."""
+        if not flight.plan.num_rows:  # nothing has come out of the pipeline
+            return StepOutputs()
         packed = np.asarray(flight.packed)
         self.metrics.device_to_host_copies += 1
         if flight.prompt_packed is not None:
@@ -349,11 +359,14 @@ class Engine:
     def _push_tokens(self, flight: InFlight, tokens: list[int]) -> frozenset[int]:
         """Leads grammars on; returns the rows for which nothing can follow."""
         began = time.perf_counter()
-        complete = push_tokens(flight.plan, flight.jobs, tokens)
+        lost = self._scheduler.lost_rows(flight.plan)
+        complete = push_tokens(flight.plan, flight.jobs, tokens, lost)
         self.metrics.grammar_seconds += time.perf_counter() - began
         return complete
 
     def _jobs(self, plan: StepPlan) -> list[Job]:
+        if not plan.num_rows:
+            return []
         return [request.payload for request in self._scheduler.requests_of(plan)]
 
     def _start_fields(self, row: ScheduledRow) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Grammars of the rows of a step: masks before it samples, tokens after it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -41,7 +41,10 @@ def pack_masks(
 
 
 def push_tokens(
-    plan: StepPlan, jobs: Sequence[Job], tokens: Sequence[int]
+    plan: StepPlan,
+    jobs: Sequence[Job],
+    tokens: Sequence[int],
+    lost: Collection[int] = (),
 ) -> frozenset[int]:
     """Leads the grammars on by the sampled tokens.
 
@@ -49,6 +52,7 @@ def push_tokens(
         plan: The step.
         jobs: The sequences of its rows; a failure is noted in them.
         tokens: The token of each row.
+        lost: Rows whose token will not be taken, since it is computed again.
 
     Returns:
         The rows of the plan whose grammar is complete: nothing can follow.
@@ -57,6 +61,8 @@ def push_tokens(
     for i, (samples, job) in enumerate(zip(plan.samples, jobs, strict=True)):
         matcher = job.matcher
         if matcher is None or not samples or tokens[i] in job.stop_token_ids:
+            continue
+        if i in lost:
             continue
         if matcher.is_complete or job.failure is not None:
             continue

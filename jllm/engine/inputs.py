@@ -191,7 +191,7 @@ def pack(
     sections["rows"][:count] = decoding.rows
     if layout.kind == "decode":
         sections["blocks"][:count] = decoding.new_blocks
-        if layout.window_pool_blocks:
+        if count and layout.window_pool_blocks:
             sections["window_blocks"][:, :count] = decoding.window_blocks
         return vector
     _pack_decoding(decoding, sections)

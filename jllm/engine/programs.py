@@ -19,10 +19,12 @@ from jllm.config import WindowPool
 from jllm.engine.background import BackgroundWork
 from jllm.engine.executables import Executable, ExecutableStore
 from jllm.engine.inputs import InputLayout
+from jllm.engine.pipeline import describe_flights
 from jllm.engine.state import NUM_FIELDS, EngineState, RowTable
 from jllm.layers.attention import KV_HEADS
 from jllm.layers.kernels import Fallback, TileLayout
 from jllm.models.base import Model
+from jllm.models.pipeline import STAGED_KV, PipelinedDecoder
 from jllm.sampling.draws import DrawMethod
 from jllm.sampling.logprobs import PROMPT_CHUNK
 
@@ -116,8 +118,11 @@ def describe_state(
 ) -> EngineState:
     """Shapes, types and shardings of the device state.
 
-    The pools are sharded over their KV heads, everything else lives at `place`.
+    The pools are sharded over their KV heads, and in a pipeline over its stages;
+    everything else lives at `place`.
     """
+    of_stages = isinstance(model, PipelinedDecoder)
+    stages = (model.num_stages,) if of_stages else ()
     sizes = (options.num_blocks, *(pool.num_blocks for pool in options.window_pools))
     num_blocks = {
         layer: size
@@ -127,13 +132,15 @@ def describe_state(
 
     def pool(layer: int) -> Any:
         return jax.ShapeDtypeStruct(
-            model.kv_shape(num_blocks[layer], options.block_size),
+            (*stages, *model.kv_shape(num_blocks[layer], options.block_size)),
             model.kv_dtype,
-            sharding=NamedSharding(place.mesh, KV_HEADS),
+            sharding=NamedSharding(place.mesh, STAGED_KV if of_stages else KV_HEADS),
         )
 
     def table(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+
+    largest = options.layout("prefill", options.sizes.tokens[-1])
 
     return EngineState(
         kv=tuple(pool(layer) for layer in range(model.num_layers)),
@@ -143,6 +150,9 @@ def describe_state(
         ),
         block_tokens=table(options.num_blocks, options.block_size),
         rows=RowTable(table(options.table_rows, NUM_FIELDS)),
+        flights=describe_flights(model, largest, options.max_blocks, place)
+        if of_stages
+        else (),
     )
 
 

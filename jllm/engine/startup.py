@@ -32,6 +32,7 @@ from jllm.engine.programs import (
     sampler_bytes,
 )
 from jllm.models.base import Model, ParamSpec, Weights
+from jllm.models.stages import StackedSpec
 from jllm.sampling.rules import RuleLayout
 from jllm.weights.hub import CheckpointFiles
 from shardings.place import tree_shardings
@@ -89,7 +90,7 @@ class StartPlan:
             ),
             specs,
             tree_shardings(specs, self.mesh),
-            is_leaf=lambda node: isinstance(node, ParamSpec),
+            is_leaf=_is_spec,
         )
 
     def budget(self, temporaries: int) -> MemoryBudget:
@@ -117,9 +118,7 @@ class StartPlan:
         """
         layers = [
             spec
-            for spec in jax.tree.leaves(
-                self.model.specs(), is_leaf=lambda node: isinstance(node, ParamSpec)
-            )
+            for spec in jax.tree.leaves(self.model.specs(), is_leaf=_is_spec)
             if "vocab" not in spec.axes
         ]
         widest = max(spec.size // spec.shape[-1] for spec in layers)
@@ -127,7 +126,9 @@ class StartPlan:
         options = program_options(self.resolved, self.model, 1)
         builder = ProgramBuilder(self.model, options, self.weights(), self.place)
         logits = builder.logits(options.table_rows)
-        return max(activations // self.mesh.shape["tensor"], sampler_bytes(logits))
+        # What is stacked over stages is divided among them.
+        sharing = self.mesh.shape["tensor"] * self.mesh.shape["pipe"]
+        return max(activations // sharing, sampler_bytes(logits))
 
     def fingerprint(self) -> str:
         """Names all that the programs depend on but the pool."""
@@ -309,10 +310,12 @@ def window_shares(resolved: Resolved, model: Model) -> tuple[WindowShare, ...]:
     for group, num_bytes in zip(model.cache_groups, block_bytes, strict=True):
         if group.window is None:
             continue
-        # Two steps may be under way. Beside them each row has its window, a block for
-        # where it begins, and one that goes back when the next is full.
+        # Two steps may be under way, and one more for each stage of a pipeline beyond
+        # the first. Beside them each row has its window, a block for where it begins,
+        # and one that goes back when the next is full.
         per_row = min(-(-group.window // size) + 2, blocks_per_row)
-        under_way = 2 * -(-resolved.token_budget // size)
+        num_steps = model.options.pipe_size + 1
+        under_way = num_steps * -(-resolved.token_budget // size)
         shares.append(
             WindowShare(
                 window=group.window,
@@ -328,6 +331,10 @@ def describe_windows(pools: Sequence[WindowPool]) -> str:
     return "".join(
         f", {pool.num_blocks} blocks for windows of {pool.window}" for pool in pools
     )
+
+
+def _is_spec(node: object) -> bool:
+    return isinstance(node, (ParamSpec, StackedSpec))
 
 
 def _bytes_per_device(tree: object) -> int:

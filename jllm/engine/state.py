@@ -109,6 +109,7 @@ class EngineState:
         block_tokens: Token of every place of the pool; through the tables it is the
             token history of each row, shared and copied along with the blocks.
         rows: Position, last token and sampling parameters of each row.
+        flights: What is on its way through a pipeline; nothing elsewhere.
     """
 
     kv: tuple[Leaf, ...]  # one [B, 2, K, P, D] per layer
@@ -116,6 +117,7 @@ class EngineState:
     block_tokens: Leaf  # i32[B, P]
     rows: RowTable
     window_tables: tuple[Leaf, ...] = ()  # one i32[R, M] per group
+    flights: Leaf = ()
 
 
 def row_fields(

@@ -5,6 +5,7 @@ return the whole device state, which is donated: every leaf keeps its address.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +14,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
-from jllm.engine.cache_groups import append_to_tables, copy_blocks, window_tables
+from jllm.engine.batches import (
+    Turn,
+    drop_unless,
+    enter_decode,
+    enter_prefill,
+    record_tokens,
+)
 from jllm.engine.inputs import (
     DecodeInput,
     InputLayout,
@@ -21,14 +28,12 @@ from jllm.engine.inputs import (
     split_vector,
 )
 from jllm.engine.state import EngineState, Leaf, RowField, RowTable
-from jllm.layers.kernels import TileTable
 from jllm.models.base import Batch, Model, Weights
 from jllm.sampling.draws import DrawMethod
 from jllm.sampling.logprobs import FINITE, prompt_logprobs
 from jllm.sampling.rows import SamplingRows, TokenHistory
 from jllm.sampling.rules import RuleLayout, restrict
 from jllm.sampling.sampler import SamplerOptions, draw, sample
-from jllm.scheduler.plan import NO_BLOCK
 
 
 @jax.tree_util.register_dataclass
@@ -62,30 +67,6 @@ class SamplerInput(NamedTuple):
     allowed: Leaf  # i32[S, A]
 
 
-class Turn(NamedTuple):
-    """The rows of a step and how far each goes.
-
-    Attributes:
-        row_ids: Row of the table; ids past it are padding.
-        rows: Their entries before the step.
-        advance: Tokens that each computes.
-        samples: Which of them sample a token.
-    """
-
-    row_ids: Int[Array, " S"]
-    rows: RowTable
-    advance: Int[Array, " S"]
-    samples: Bool[Array, " S"]
-
-    def positions(self) -> Int[Array, " S"]:
-        """Length of each row after the step."""
-        return self.rows.integer(RowField.POSITION) + self.advance
-
-    def sampling(self) -> SamplingRows:
-        """How the next token of each row is drawn."""
-        return self.rows.sampling(self.positions())
-
-
 class Drawn(NamedTuple):
     """Tokens of a step.
 
@@ -113,43 +94,10 @@ def decode_step(
     Donates: state.
     """
     inputs = DecodeInput(**split_vector(layout, vector))
-    rows = state.rows.take(inputs.rows)
-    positions = rows.integer(RowField.POSITION)
-    live = _live(rows, inputs.rows, state)
-    block_size = state.block_tokens.shape[1]
-    appends = live & (inputs.blocks != NO_BLOCK)
-    state = append_to_tables(
-        state,
-        _drop_unless(appends, inputs.rows, state),
-        positions // block_size,
-        inputs.blocks,
-        inputs.window_blocks,
-    )
-    windows = window_tables(
-        model.cache_groups,
-        layout,
-        state,
-        inputs.rows,
-        positions,
-        inputs.rows,
-        positions,
-        live,
-    )
-    batch = Batch(
-        tokens=rows.integer(RowField.LAST_TOKEN),
-        positions=positions,
-        slots=_slots(state, inputs.rows, positions, live),
-        block_tables=state.block_tables.at[inputs.rows].get(mode="clip"),
-        row_starts=jnp.arange(layout.num_rows + 1, dtype=jnp.int32),
-        lengths=jnp.where(live, positions + 1, 0),
-        windows=windows,
-        is_decode=True,
-    )
+    state, turn, batch = enter_decode(model.cache_groups, layout, state, inputs)
     state, hidden = _forward(model, weights, state, batch)
-    turn = Turn(inputs.rows, rows, live.astype(jnp.int32), live)
-    score = partial(_score, model, method, weights, layout.num_rows)
-    drawn = score(hidden, turn.sampling())
-    return _record_drawn(state, turn, drawn, hidden)
+    drawn = score_rows(model, method, weights, layout.num_rows, hidden, turn.sampling())
+    return record_drawn(state, turn, drawn, hidden)
 
 
 def prefill_step(
@@ -165,23 +113,17 @@ def prefill_step(
     Donates: state.
     """
     inputs = PrefillInput(**split_vector(layout, vector))
-    state = _apply_updates(model, state, inputs)
-    rows = state.rows.take(inputs.rows)
-    live = _live(rows, inputs.rows, state)
-    batch = _ragged_batch(model, layout, state, inputs, rows, live)
+    state, turn, batch = enter_prefill(model.cache_groups, layout, state, inputs)
     state, hidden = _forward(model, weights, state, batch)
     last = hidden.at[batch.row_starts[1:] - 1].get(mode="clip")
-    advance = jnp.where(live, inputs.num_tokens, 0)
-    turn = Turn(inputs.rows, rows, advance, live & (inputs.samples == 1))
-    score = partial(_score, model, method, weights)
-    counts = jnp.array(layout.scored_rows[:-1], jnp.int32)
-    drawn = jax.lax.switch(
-        jnp.sum(jnp.sum(inputs.samples) > counts),
-        [partial(score, count) for count in layout.scored_rows],
+    drawn = score_sampling_rows(
+        partial(score_rows, model, method, weights),
+        layout,
         last,
         turn.sampling(),
+        jnp.sum(inputs.samples),
     )
-    return _record_drawn(state, turn, drawn, hidden)
+    return record_drawn(state, turn, drawn, hidden)
 
 
 def sampler_step(
@@ -244,120 +186,15 @@ def prompt_logprobs_step(
     return state, (packed, scores)
 
 
-def _live(rows: RowTable, row_ids: Array, state: EngineState) -> Bool[Array, " S"]:
-    """Rows that compute: within the table and not done."""
-    in_table = row_ids < state.block_tables.shape[0]
-    return in_table & (rows.integer(RowField.DONE) == 0)
-
-
-def _drop_unless(
-    keep: Bool[Array, " S"], row_ids: Int[Array, " S"], state: EngineState
-) -> Int[Array, " S"]:
-    """Row ids, replaced by distinct ones past the table where not `keep`."""
-    num_rows = row_ids.shape[0]
-    past = state.block_tables.shape[0] + num_rows + jnp.arange(num_rows)
-    return jnp.where(keep, row_ids, past.astype(jnp.int32))
-
-
-def _slots(
-    state: EngineState,
-    row_ids: Int[Array, " T"],
-    positions: Int[Array, " T"],
-    live: Bool[Array, " T"],
-) -> Int[Array, " T"]:
-    """Place of each token in the pool; distinct ones past it for tokens not live."""
-    num_blocks, block_size = state.block_tokens.shape
-    blocks = state.block_tables.at[row_ids, positions // block_size].get(mode="clip")
-    past = num_blocks * block_size + jnp.arange(positions.shape[0])
-    return jnp.where(
-        live, blocks * block_size + positions % block_size, past.astype(jnp.int32)
-    )
-
-
-def _apply_updates(
-    model: Model, state: EngineState, inputs: PrefillInput
-) -> EngineState:
-    """Copies blocks, initialises rows that start, appends to block tables."""
-    state = copy_blocks(model.cache_groups, state, inputs)
-    starting = _drop_unless(inputs.starts == 1, inputs.rows, state)
-    rows = state.rows.put(starting, inputs.fields)
-    ends = jnp.cumsum(inputs.num_blocks)
-    entries = jnp.arange(inputs.blocks.shape[0], dtype=jnp.int32)
-    owners = jnp.sum(entries[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
-    owners = jnp.minimum(owners, ends.shape[0] - 1)
-    starts = (ends - inputs.num_blocks)[owners]
-    columns = inputs.first_block[owners] + entries - starts
-    used = entries < ends[-1]
-    table_rows = jnp.where(used, inputs.rows[owners], state.block_tables.shape[0])
-    # Unused entries are made distinct by their column; they are dropped by their row.
-    columns = jnp.where(used, columns, entries)
-    state = append_to_tables(
-        state, table_rows, columns, inputs.blocks, inputs.window_blocks
-    )
-    return dataclasses.replace(state, rows=rows)
-
-
-def _ragged_batch(
-    model: Model,
-    layout: InputLayout,
-    state: EngineState,
-    inputs: PrefillInput,
-    rows: RowTable,
-    live: Bool[Array, " S"],
-) -> Batch:
-    """Expands rows to tokens: which row, which position, which slot."""
-    ends = jnp.cumsum(inputs.num_tokens)
-    row_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
-    tokens = jnp.arange(layout.num_tokens, dtype=jnp.int32)
-    owners = jnp.sum(tokens[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
-    used = owners < layout.num_rows
-    owners = jnp.minimum(owners, layout.num_rows - 1)
-    offsets = tokens - row_starts[owners]
-    first = rows.integer(RowField.POSITION)
-    positions = jnp.where(used, first[owners] + offsets, 0)
-    last_tokens = rows.integer(RowField.LAST_TOKEN)
-    uploaded = inputs.uploads[owners] == 1
-    token_rows, computed = inputs.rows[owners], used & live[owners]
-    return Batch(
-        tokens=jnp.where(uploaded, inputs.tokens, last_tokens[owners]),
-        positions=positions,
-        slots=_slots(state, token_rows, positions, computed),
-        block_tables=state.block_tables.at[inputs.rows].get(mode="clip"),
-        row_starts=row_starts,
-        lengths=jnp.where(live, first + inputs.num_tokens, inputs.num_tokens),
-        tiles=_tile_table(layout, inputs),
-        windows=window_tables(
-            model.cache_groups,
-            layout,
-            state,
-            inputs.rows,
-            first,
-            token_rows,
-            positions,
-            computed,
-        ),
-    )
-
-
-def _tile_table(layout: InputLayout, inputs: PrefillInput) -> TileTable | None:
-    if layout.tiles is None or inputs.tiles is None:
-        return None
-    return TileTable(inputs.tiles, layout.tiles)
-
-
 def _forward(
     model: Model, weights: Weights, state: EngineState, batch: Batch
 ) -> tuple[EngineState, Float[Array, "T E"]]:
     """Runs the network and records the tokens of the places that it wrote."""
     hidden, kv = model.forward(weights, state.kv, batch)
-    block_size = state.block_tokens.shape[1]
-    block_tokens = state.block_tokens.at[
-        batch.slots // block_size, batch.slots % block_size
-    ].set(batch.tokens, mode="drop", unique_indices=True)
-    return dataclasses.replace(state, kv=kv, block_tokens=block_tokens), hidden
+    return record_tokens(dataclasses.replace(state, kv=kv), batch), hidden
 
 
-def _score(
+def score_rows(
     model: Model,
     method: DrawMethod,
     weights: Weights,
@@ -379,11 +216,36 @@ def _score(
     return Drawn(tokens, logits, finite)
 
 
+def score_sampling_rows(
+    score: Callable[[int, Array, SamplingRows], Drawn],
+    layout: InputLayout,
+    last: Float[Array, "S E"],
+    sampling: SamplingRows,
+    num_samples: Int[Array, ""],
+) -> Drawn:
+    """Draws tokens in the smallest number of rows that holds those that sample.
+
+    Args:
+        score: `score_rows` but for its last three arguments.
+        layout: Sizes of the program.
+        last: Hidden state of the last token of each row.
+        sampling: How its next token is drawn.
+        num_samples: Rows that sample; they come first.
+    """
+    counts = jnp.array(layout.scored_rows[:-1], jnp.int32)
+    return jax.lax.switch(
+        jnp.sum(num_samples > counts),
+        [partial(score, count) for count in layout.scored_rows],
+        last,
+        sampling,
+    )
+
+
 def _pad_rows(x: Shaped[Array, "N ..."], count: int) -> Shaped[Array, "S ..."]:
     return jnp.pad(x, [(0, count)] + [(0, 0)] * (x.ndim - 1))
 
 
-def _record_drawn(
+def record_drawn(
     state: EngineState, turn: Turn, drawn: Drawn, hidden: Float[Array, "T E"]
 ) -> tuple[EngineState, StepResult]:
     """Advances the rows, and puts together what the step leaves on the device."""
@@ -392,7 +254,7 @@ def _record_drawn(
     result = StepResult(
         packed=jnp.stack([drawn.tokens, jnp.where(drawn.finite, FINITE, 0)], axis=1),
         logits=drawn.logits,
-        sampled_rows=_drop_unless(turn.samples, turn.row_ids, state),
+        sampled_rows=drop_unless(turn.samples, turn.row_ids, state),
         hidden=hidden,
     )
     rows = state.rows.put(turn.row_ids, fields)

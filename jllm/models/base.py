@@ -175,6 +175,11 @@ class ModelOptions:
         """Number of devices that share each layer."""
         return 1 if self.mesh is None else self.mesh.shape["tensor"]
 
+    @property
+    def pipe_size(self) -> int:
+        """Number of stages that share the stack of layers."""
+        return 1 if self.mesh is None else self.mesh.shape["pipe"]
+
 
 @runtime_checkable
 class Model(Protocol):

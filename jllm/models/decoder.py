@@ -33,7 +33,6 @@ from jllm.layers.mlp import gated_mlp, plain_mlp
 from jllm.layers.norm import normalise, normalise_heads
 from jllm.layers.rope import (
     RopeConfig,
-    Rotation,
     pairs_apart,
     rope_frequencies,
     rotation_of,
@@ -48,43 +47,12 @@ from jllm.models.base import (
 )
 from jllm.models.decoder_config import DecoderConfig
 from jllm.models.decoder_specs import decoder_specs
+from jllm.models.layer import Layer
 from jllm.models.probe import Edits, Probe
 
 VOCAB_MULTIPLE = 512
 """The vocabulary is padded to a multiple of this, whatever the number of devices, since
 a draw depends on the width of the logits."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Layer:
-    """What the parts of a layer read in one forward pass.
-
-    Attributes:
-        index: Its number.
-        weights: Those of the whole model.
-        batch: The tokens.
-        rotation: Angles of each token; None where they are not rotated.
-        of_model: Looks at the activations.
-    """
-
-    index: int
-    weights: Weights
-    batch: Batch
-    rotation: Rotation | None
-    of_model: Probe
-
-    @property
-    def own(self) -> Weights:
-        """The layer's weights."""
-        return self.weights["layers"][self.index]
-
-    def wants(self, name: str) -> bool:
-        """Whether the activation is captured or changed."""
-        return self.of_model.wants(f"layers.{self.index}.{name}")
-
-    def probe(self, name: str, value: Array) -> Array:
-        """The activation, perhaps captured or changed."""
-        return self.of_model(f"layers.{self.index}.{name}", value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +111,8 @@ class Decoder:
     @property
     def padded_vocab_size(self) -> int:
         """Width of the logits, which all devices share evenly."""
-        multiple = math.lcm(VOCAB_MULTIPLE, self.options.tensor_size)
+        sizes = (self.options.tensor_size, self.options.pipe_size)
+        multiple = math.lcm(VOCAB_MULTIPLE, math.prod(sizes))
         return -(-self.config.vocab_size // multiple) * multiple
 
     @property
@@ -156,13 +125,18 @@ class Decoder:
         """Query heads per KV head of the pool."""
         return self.config.num_heads // self.num_kv_heads
 
-    def specs(self) -> dict[str, Any]:
-        """The tree of `ParamSpec` from which weights are loaded."""
+    def specs(self, layers: Sequence[int] | None = None) -> dict[str, Any]:
+        """The tree of `ParamSpec` from which weights are loaded.
+
+        Args:
+            layers: Numbers of the layers in the checkpoint, None for all.
+        """
         return decoder_specs(
             self.config,
             num_kv_heads=self.num_kv_heads,
             padded_vocab_size=self.padded_vocab_size,
             num_shards=self.options.tensor_size,
+            layers=layers,
         )
 
     @property
@@ -261,11 +235,44 @@ class Decoder:
     def _forward(
         self, weights: Weights, kv: KVCache, batch: Batch, probe: Probe
     ) -> tuple[Array, KVCache]:
+        hidden = probe("embed", self.embedded(weights, batch))
+        hidden, kv = self.run_layers(weights, hidden, kv, batch, probe)
+        return probe("final", self.final_norm(weights, hidden)), kv
+
+    def embedded(self, weights: Weights, batch: Batch) -> Float[Array, "T E"]:
+        """What the first layer reads."""
         embedding = self.config.embedding
         hidden = embed(weights["embed"], batch.tokens, embedding.scale)
         if embedding.positions is not None:
             hidden = hidden + embed(weights["positions"], batch.positions)
-        hidden = probe("embed", hidden)
+        return hidden
+
+    def final_norm(
+        self, weights: Weights, hidden: Float[Array, "T E"]
+    ) -> Float[Array, "T E"]:
+        """What `logits` reads, of what the last layer leaves."""
+        return self._normed(weights, -1, hidden)
+
+    def run_layers(
+        self,
+        weights: Weights,
+        hidden: Float[Array, "T E"],
+        kv: KVCache,
+        batch: Batch,
+        probe: Probe,
+        takes_part: Sequence[Array | None] = (),
+    ) -> tuple[Float[Array, "T E"], KVCache]:
+        """All layers without what is before and after them.
+
+        Args:
+            weights: Arrays of the tree `specs`.
+            hidden: What the first layer reads.
+            kv: The cache.
+            batch: The tokens.
+            probe: Looks at the activations.
+            takes_part: For each layer whether it changes the hidden states, as a
+                boolean scalar; None, or nothing at all, where it always does.
+        """
         rotations = {
             rope: rotation_of(batch.positions, *frequencies)
             for rope, frequencies in self._frequencies.items()
@@ -281,9 +288,11 @@ class Decoder:
             rope = self.config.layers[layer].rope
             rotation = None if rope is None else rotations[rope]
             own = Layer(layer, weights, of_group, rotation, probe)
-            hidden, pool = self._layer(own, hidden, pool)
+            changed, pool = self._layer(own, hidden, pool)
+            counts = takes_part[layer] if takes_part else None
+            hidden = changed if counts is None else jnp.where(counts, changed, hidden)
             pools.append(pool)
-        return probe("final", self._normed(weights, -1, hidden)), tuple(pools)
+        return hidden, tuple(pools)
 
     def logits(
         self, weights: Weights, hidden: Float[Array, "N E"]

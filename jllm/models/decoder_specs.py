@@ -1,5 +1,6 @@
 """The weights of a dense decoder, each declared once under its checkpoint name."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jllm.models.base import ParamSpec, Part
@@ -12,6 +13,7 @@ def decoder_specs(
     num_kv_heads: int,
     padded_vocab_size: int,
     num_shards: int,
+    layers: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The tree of all parameters.
 
@@ -20,9 +22,11 @@ def decoder_specs(
         num_kv_heads: KV heads of the pool, a multiple of the model's.
         padded_vocab_size: Rows of the embedding table and the head.
         num_shards: Devices that share each layer.
+        layers: Numbers of the layers, None for all.
     """
     names, embedding = config.names, config.embedding
-    prefixes = [f"{names.layers}.{i}." for i in range(config.num_layers)]
+    numbers = range(config.num_layers) if layers is None else layers
+    prefixes = [f"{names.layers}.{i}." for i in numbers]
     norms = [prefix + name for prefix in prefixes for name in config.block.norms]
     norms.append(names.norm)
     tree: dict[str, Any] = {

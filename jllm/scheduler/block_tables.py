@@ -47,8 +47,8 @@ class BlockTables:
         self._block_size = config.block_size
         self._caching = config.enable_prefix_caching
         full = BlockManager(config.num_blocks, config.block_size)
-        # Two steps may be under way, and a sequence may have all tokens of both.
-        under_way = 2 * config.token_budget
+        # A sequence may have all tokens of all steps that are not committed.
+        under_way = (config.num_stages + 1) * config.token_budget
         self._windows = tuple(
             BlockManager(pool.num_blocks, config.block_size, pool.window, under_way)
             for pool in config.window_pools

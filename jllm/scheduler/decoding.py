@@ -37,6 +37,8 @@ class Line(enum.IntEnum):
     """Block appended since the last step, or `NO_BLOCK`."""
     ROW = 4
     SEQUENCE_ID = 5
+    READY = 6
+    """First step that can read its last token, in a pipeline; unused elsewhere."""
 
 
 class DecodingSequences:
@@ -46,10 +48,21 @@ class DecodingSequences:
     that a step is planned by a few array operations, however many sequences there are.
     Below the lines that are named it has one for each cache group with a window: the
     block appended there.
+
+    In a pipeline a sequence takes part in one step of every `num_stages`. The steps
+    get equally many of them, so that no stage is idle while another has two turns'
+    worth of rows.
     """
 
-    def __init__(self, num_rows: int, block_size: int, num_windows: int = 0) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        block_size: int,
+        num_windows: int = 0,
+        num_stages: int = 1,
+    ) -> None:
         """Starts without sequences."""
+        self._num_stages = num_stages
         self._block_size = block_size
         self._num_windows = num_windows
         self._places = [-1] * num_rows
@@ -70,14 +83,15 @@ class DecodingSequences:
         """Number of sequences."""
         return len(self._requests)
 
-    def add(self, request: Request) -> None:
-        """Takes over a sequence whose first token is being sampled."""
+    def add(self, request: Request, step: int) -> None:
+        """Takes over a sequence whose first token is being sampled in a step."""
         column = np.full(len(self._matrix), NO_BLOCK, np.int64)
         column[Line.LENGTH] = request.num_tokens + 1
         column[Line.END] = request.max_length
         column[Line.ROOM] = len(request.block_ids) * self._block_size
         column[Line.ROW] = request.row
         column[Line.SEQUENCE_ID] = request.sequence_id
+        column[Line.READY] = step + self._num_stages
         index = bisect(self._requests, request.order, key=attrgetter("order"))
         self._requests.insert(index, request)
         self._set(np.insert(self._matrix, index, column, axis=1))
@@ -106,22 +120,28 @@ class DecodingSequences:
         """Tokens of a sequence whose KV has been or is being computed."""
         return self._length(request) - 1
 
-    def due(self, limit: int) -> Due:
-        """Finds the sequences that are not full, at most so many."""
+    def due(self, limit: int, step: int) -> Due:
+        """Finds the sequences that a step can compute, at most so many."""
         lengths, ends, rooms = self._matrix[:3]
         # A full one waits for the tokens on their way, with which it ends.
         is_due, lacks = lengths < ends, lengths > rooms
+        if self._num_stages > 1:
+            limit = min(limit, self._share(is_due, step))
+            is_due &= self._matrix[Line.READY] <= step
         count = int(np.count_nonzero(is_due))
         if count > limit:
             is_due[np.flatnonzero(is_due)[limit:]] = False
         lacking = np.flatnonzero(is_due & lacks).tolist() if lacks.any() else ()
         return Due(min(count, limit), [self._requests[index] for index in lacking])
 
-    def advance(self, limit: int) -> tuple[DecodeRows, Sequence[Request]] | None:
+    def advance(
+        self, limit: int, step: int
+    ) -> tuple[DecodeRows, Sequence[Request]] | None:
         """Plans the next token of all that are not full and have a block for it.
 
         Args:
-            limit: Most tokens.
+            limit: Most tokens; those that `due` has found come first.
+            step: Number of the step.
 
         Returns:
             The rows and their sequences, in the order of their turn; None without any.
@@ -130,6 +150,8 @@ class DecodingSequences:
             return None
         lengths, ends, rooms, blocks = self._matrix[:4]
         is_due = (lengths < ends) & (lengths <= rooms)
+        if self._num_stages > 1:
+            is_due &= self._matrix[Line.READY] <= step
         rows, ids, requests = self._rows, self._ids, self._shared
         where: slice | np.ndarray = slice(None)
         if len(requests) > limit or not is_due.all():
@@ -140,6 +162,7 @@ class DecodingSequences:
         new_blocks = blocks[where].astype(np.int32)
         lengths[where] += 1
         blocks[where] = NO_BLOCK
+        self._matrix[Line.READY, where] = step + self._num_stages
         window_blocks = NO_WINDOW_BLOCKS
         if self._num_windows:
             window_blocks = self._matrix[len(Line) :, where].astype(np.int32)
@@ -155,6 +178,25 @@ class DecodingSequences:
         )
         return (planned, requests) if requests else None
 
+    def _share(self, goes_on: np.ndarray, step: int) -> int:
+        """Most sequences for a step of a pipeline.
+
+        What is ready and not taken is left for the next steps that will have too few
+        coming back.
+
+        Args:
+            goes_on: Which sequences are not full.
+            step: Number of the step.
+        """
+        ready, stages = self._matrix[Line.READY], self._num_stages
+        total = int(np.count_nonzero(goes_on))
+        ahead = ready[goes_on] - step
+        few, many = total // stages, -(-total // stages)
+        coming = np.bincount(ahead[ahead > 0] - 1, minlength=stages - 1)
+        missing = int(np.maximum(few - coming, 0).sum())
+        num_ready = int(np.count_nonzero(ahead <= 0))
+        return min(many, max(few, num_ready - missing))
+
     def _length(self, request: Request) -> int:
         return int(self._matrix[Line.LENGTH, self._places[request.row]])
 
@@ -167,5 +209,6 @@ class DecodingSequences:
             identity = [request.row, request.sequence_id]
             windows = [NO_BLOCK] * self._num_windows
             expected = [request.max_length, room, NO_BLOCK, *identity, *windows]
+            del column[Line.READY]
             assert column[1:] == expected
             assert 0 <= self.num_pending(request) <= 2

@@ -69,11 +69,46 @@ class LaunchedStep(NamedTuple):
         plan: The plan.
         requests: The sequence of each row.
         chunk_preemptions: How often the sequence of each chunk had been preempted.
+        row_preemptions: The same of all rows, in a pipeline; empty elsewhere.
     """
 
     plan: StepPlan
     requests: list[Request]
     chunk_preemptions: list[int]
+    row_preemptions: Sequence[int] = ()
+
+    @classmethod
+    def of(
+        cls, plan: StepPlan, requests: list[Request], *, in_stages: bool
+    ) -> "LaunchedStep":
+        """A plan that is launched now.
+
+        Args:
+            plan: The plan.
+            requests: The sequence of each row.
+            in_stages: Whether it goes through a pipeline.
+        """
+        chunks = requests[len(plan.decoding) :]
+        counts = [request.num_preemptions for request in chunks]
+        if not in_stages:
+            return cls(plan, requests, counts)
+        rows = [request.num_preemptions for request in requests]
+        return cls(plan, requests, counts, rows)
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """Places of the rows whose sequence was preempted since, in a pipeline.
+
+        There nobody waits for tokens of a row that is lost: they are computed again.
+        """
+        if not self.row_preemptions:
+            return frozenset()
+        rows = zip(self.requests, self.row_preemptions, strict=True)
+        return frozenset(
+            i
+            for i, (request, count) in enumerate(rows)
+            if request.num_preemptions != count
+        )
 
     def updates(
         self,

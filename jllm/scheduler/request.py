@@ -4,6 +4,7 @@ import dataclasses
 import enum
 from typing import Any
 
+from jllm.errors import ContextTooLongError, InvalidRequestError
 from jllm.scheduler.block_manager import BlockTable
 from jllm.scheduler.prefix_cache import Prefix
 from jllm.types import FinishReason
@@ -143,3 +144,35 @@ class Request:
     def is_finished(self) -> bool:
         """Whether it has ended, for whatever reason."""
         return self.status is RequestStatus.FINISHED
+
+    def fit_context(self, length: int) -> None:
+        """Lowers `max_tokens` to what a context of so many tokens has room for.
+
+        Raises:
+            InvalidRequestError: The prompt is empty.
+            ContextTooLongError: It leaves no room for an output.
+        """
+        num_prompt = self.num_prompt_tokens
+        if not num_prompt:
+            raise InvalidRequestError("the prompt is empty", parameter="prompt")
+        if num_prompt + min(1, self.max_tokens) > length:
+            raise ContextTooLongError(
+                f"the prompt has {num_prompt} tokens, but the context holds {length}, "
+                "one of them for the output",
+                parameter="prompt",
+            )
+        self.max_tokens = min(self.max_tokens, length - num_prompt)
+
+    def reason_to_end(self, *, is_complete: bool) -> FinishReason | None:
+        """Why the newest token ends it, None if it goes on; notes a stop token.
+
+        Args:
+            is_complete: Whether its grammar allows nothing after the token.
+        """
+        token, num_output = self.token_ids[-1], self.num_output_tokens
+        if token in self.stop_token_ids and num_output >= self.min_tokens:
+            self.stop_reason = token
+            return "stop"
+        if is_complete:
+            return "stop"
+        return "length" if num_output >= self.max_tokens else None

@@ -17,8 +17,13 @@ other that does is at last preempted itself, so that none holds blocks while it 
 for more; as preemptions are bounded, the running ones end. Then the head of the queue
 starts, at the latest in an empty pool: a sequence too long for that was refused.
 
-`schedule` may be called while one earlier plan is not committed. The device executes
-plans in order, so blocks and rows can be given away as soon as their owner has ended.
+`schedule` may be called while one earlier plan is not committed, and in a pipeline one
+for each stage. The device executes plans in order, so blocks and rows can be given away
+as soon as their owner has ended.
+
+In a pipeline a plan comes out `num_stages` steps after it went in. While any are on
+their way a step without rows moves them on. Who is preempted on the way does not wait
+for its token: it computes it again, and draws the same.
 """
 
 import collections
@@ -27,18 +32,15 @@ from collections.abc import Collection, Iterator, Sequence
 from operator import attrgetter
 
 from jllm.config import SchedulerConfig
-from jllm.errors import ContextTooLongError, InvalidRequestError
 from jllm.scheduler.block_pool import BlockPool
 from jllm.scheduler.block_tables import BlockTables, Match
 from jllm.scheduler.decoding import DecodingSequences
 from jllm.scheduler.draft import Draft
 from jllm.scheduler.launched import LaunchedStep, SequenceUpdate, StepUpdates
-from jllm.scheduler.plan import StepPlan
+from jllm.scheduler.plan import NO_DECODE_ROWS, StepPlan
 from jllm.scheduler.request import Request, RequestStatus
 from jllm.scheduler.sequences import Sequences
 from jllm.types import FinishReason
-
-MAX_UNCOMMITTED = 2
 
 
 class Scheduler:
@@ -50,7 +52,10 @@ class Scheduler:
         self._tables = BlockTables(config)
         self._sequences = Sequences(config.max_num_seqs)
         self._decoding = DecodingSequences(
-            config.max_num_seqs, config.block_size, len(config.window_pools)
+            config.max_num_seqs,
+            config.block_size,
+            len(config.window_pools),
+            config.num_stages,
         )
         self._launched: collections.deque[LaunchedStep] = collections.deque()
         self._num_steps = 0
@@ -67,22 +72,10 @@ class Scheduler:
             InvalidRequestError: The prompt is empty, or the sequence id is in use.
             ContextTooLongError: It could never fit in the context or in the pool.
         """
-        self._check(request)
+        request.fit_context(self._config.max_model_len)
+        self._tables.require_room(request)
         self._tables.prepare(request)
         self._sequences.add(request)
-
-    def _check(self, request: Request) -> None:
-        config, length = self._config, request.num_prompt_tokens
-        if not length:
-            raise InvalidRequestError("the prompt is empty", parameter="prompt")
-        if length + min(1, request.max_tokens) > config.max_model_len:
-            raise ContextTooLongError(
-                f"the prompt has {length} tokens, but the context holds "
-                f"{config.max_model_len}, one of them for the output",
-                parameter="prompt",
-            )
-        request.max_tokens = min(request.max_tokens, config.max_model_len - length)
-        self._tables.require_room(request)
 
     def abort(self, request_id: str) -> list[Request]:
         """Ends all sequences of a request; returns those that had not ended before."""
@@ -106,6 +99,8 @@ class Scheduler:
         if immune or request.status is not RequestStatus.RUNNING:
             return False
         self._release(request)
+        if self._config.num_stages > 1:
+            request.num_pending = 0
         self._sequences.preempt(request)
         self._num_preemptions += 1
         return True
@@ -125,9 +120,11 @@ class Scheduler:
         """Plans the next step, which the caller must launch and later commit.
 
         Returns:
-            The plan, or None if nothing can be computed before the next commit.
+            The plan, or None if nothing can be computed before the next commit. One
+            without rows moves a pipeline on, and is not committed.
         """
-        assert len(self._launched) < MAX_UNCOMMITTED, "two plans await their commit"
+        num_stages = self._config.num_stages
+        assert len(self._launched) <= num_stages, "too many plans await their commit"
         draft = Draft(self._config, self._num_steps + 1)
         num_preemptions = self._num_preemptions
         self._schedule_running(draft)
@@ -135,20 +132,21 @@ class Scheduler:
             self._schedule_waiting(draft)
         for parent in draft.first_samples:
             self._sequences.queue_forks(parent)
-            self._decoding.add(parent)
+            self._decoding.add(parent, draft.step)
         self._tables.end_step()
         plan = draft.plan()
         if plan is not None:
             self._num_steps = plan.step
-            requests = draft.requests
-            chunks = requests[len(plan.decoding) :]
-            epochs = [request.num_preemptions for request in chunks]
-            self._launched.append(LaunchedStep(plan, requests, epochs))
+            launched = LaunchedStep.of(plan, draft.requests, in_stages=num_stages > 1)
+            self._launched.append(launched)
+        elif self._launched and draft.step - self._launched[-1].plan.step < num_stages:
+            self._num_steps = draft.step
+            return StepPlan(draft.step, NO_DECODE_ROWS, (), 0)
         return plan
 
     def _schedule_running(self, draft: Draft) -> None:
         """Blocks are given in the order of turns, tokens to single ones first."""
-        due = self._decoding.due(draft.tokens_left)
+        due = self._decoding.due(draft.tokens_left, draft.step)
         for request in self._in_turn(due.lacking):
             if request.row < 0:
                 continue  # preempted by one before it
@@ -160,7 +158,8 @@ class Scheduler:
                 if blocks:
                     self._decoding.append_block(request, blocks[0])
                     draft.appends_left -= 1
-        planned = self._decoding.advance(draft.tokens_left)
+        limit = min(due.num_tokens, draft.tokens_left)
+        planned = self._decoding.advance(limit, draft.step)
         if planned is not None:
             draft.set_decoding(*planned)
 
@@ -288,6 +287,14 @@ class Scheduler:
         assert launched.plan is plan, "another step has been planned since"
         return launched.requests
 
+    def lost_rows(self, plan: StepPlan) -> frozenset[int]:
+        """Places in the oldest plan not yet committed whose tokens will not be taken.
+
+        Only in a pipeline: their sequences were preempted, and compute them again.
+        """
+        assert self._launched[0].plan is plan, "plans are committed in order"
+        return self._launched[0].lost
+
     def commit(
         self,
         plan: StepPlan,
@@ -311,9 +318,11 @@ class Scheduler:
         """
         launched = self._launched.popleft()
         assert launched.plan is plan, "plans are committed in the order of their launch"
-        for request, length in launched.computed(self._config.block_size, failed):
+        lost = launched.lost
+        useless = [*failed, *lost]
+        for request, length in launched.computed(self._config.block_size, useless):
             self._tables.commit(request, length)
-        may_end = launched.may_end([*failed, *complete])
+        may_end = launched.may_end([*useless, *complete])
         is_running = RequestStatus.RUNNING
         looked_at: list[int] = []
         # Runs for every row of every step: plain code, few calls.
@@ -328,7 +337,7 @@ class Scheduler:
         updates: list[SequenceUpdate] = []
         for index in looked_at:
             request, token = launched.requests[index], token_ids[index]
-            if request.is_finished:
+            if request.is_finished or index in lost:
                 continue
             if index in failed:
                 self._finish(request, "error")
@@ -345,15 +354,7 @@ class Scheduler:
         request.token_ids.append(token)
         if request.status is RequestStatus.PREEMPTED:
             request.num_pending -= 1
-        num_output = request.num_output_tokens
-        reason = None
-        if token in request.stop_token_ids and num_output >= request.min_tokens:
-            request.stop_reason = token
-            reason = "stop"
-        elif is_complete:
-            reason = "stop"
-        elif num_output >= request.max_tokens:
-            reason = "length"
+        reason = request.reason_to_end(is_complete=is_complete)
         if reason is not None:
             self._finish(request, reason)
         return reason

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from jllm.errors import CheckpointError
 from jllm.models.base import ParamSpec, Part, parameter_bytes
+from jllm.models.stages import StackedSpec
 from jllm.weights.formats import checkpoint_tensors
 from jllm.weights.host_memory import HostMemory
 from jllm.weights.hub import CheckpointFiles
@@ -111,7 +112,7 @@ def load_weights(
     ) as bar:
 
         def load(
-            spec: ParamSpec, sections: tuple[Section, ...], sharding: Sharding
+            spec: ParamSpec | StackedSpec, sections: Any, sharding: Sharding
         ) -> Array:
             array = _load_parameter(spec, sections, sharding, np.dtype(dtype), memory)
             bar.update(array.nbytes)
@@ -221,9 +222,25 @@ def _fill(buffer: np.ndarray, bounds: Bounds, section: Section, axis: int) -> No
         target[place] = source[(*places, *wanted[1:])]
 
 
+def _read_stages(
+    spec: StackedSpec,
+    sections: tuple[tuple[Section, ...], ...],
+    bounds: Bounds,
+    dtype: np.dtype[Any],
+    memory: HostMemory,
+) -> np.ndarray:
+    """Reads a slice of stacked parameters; a device mostly has one of them."""
+    stages, *inner = bounds
+    parts = [
+        read_slice(spec.members[i], sections[i], tuple(inner), dtype, memory)
+        for i in range(*stages)
+    ]
+    return parts[0][None] if len(parts) == 1 else np.stack(parts)
+
+
 def _load_parameter(
-    spec: ParamSpec,
-    sections: tuple[Section, ...],
+    spec: ParamSpec | StackedSpec,
+    sections: Any,
     sharding: Sharding,
     dtype: np.dtype[Any],
     memory: HostMemory,
@@ -236,7 +253,11 @@ def _load_parameter(
             for entry, size in zip(index, spec.shape, strict=True)
         )
         if bounds not in slices:
-            slices[bounds] = read_slice(spec, sections, bounds, dtype, memory)
+            if isinstance(spec, StackedSpec):
+                found = _read_stages(spec, sections, bounds, dtype, memory)
+            else:
+                found = read_slice(spec, sections, bounds, dtype, memory)
+            slices[bounds] = found
         return slices[bounds]
 
     array = jax.make_array_from_callback(spec.shape, sharding, read)
@@ -247,8 +268,10 @@ def _load_parameter(
 def _lay_out_tree(
     specs: Mapping[str, Any], tensors: Mapping[str, CheckpointTensor]
 ) -> Any:
-    def one(path: Any, spec: ParamSpec) -> tuple[Section, ...]:
+    def one(path: Any, spec: ParamSpec | StackedSpec) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if isinstance(spec, StackedSpec):
+            return tuple(lay_out(name, member, tensors) for member in spec.members)
         return lay_out(name, spec, tensors)
 
     return jax.tree_util.tree_map_with_path(one, specs)

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import UInt
 
 from jllm.models.base import ParamSpec, parameter_bytes
+from jllm.models.stages import StackedSpec
 from jllm.weights.host_memory import HostMemory
 from jllm.weights.loader import memory_for
 
@@ -26,7 +27,8 @@ def random_weights(
 ) -> dict[str, Any]:
     """Makes every parameter on its own devices.
 
-    Values depend on the seed and on the parameter's place in the tree, not on the mesh.
+    Values depend on the seed and on the parameter's place in the tree, not on how many
+    devices share it. The tree of a pipeline is another one.
 
     Args:
         specs: Tree of `ParamSpec`.
@@ -44,7 +46,7 @@ def random_weights(
         draw = functools.partial(_draw, shape=shape, init=init, dtype=dtype)
         return jax.jit(draw, out_shardings=sharding)
 
-    def make(path: Any, spec: ParamSpec, sharding: Sharding) -> Array:
+    def make(path: Any, spec: ParamSpec | StackedSpec, sharding: Sharding) -> Array:
         name = f"{seed} {jax.tree_util.keystr(path)}"
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         key = np.frombuffer(digest, np.uint32)

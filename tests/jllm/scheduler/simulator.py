@@ -6,13 +6,15 @@ not finite. The fake device keeps a pool of its own and samples a hash of the wh
 context as it reads it through its block tables; a wrong block, stale content, a missing
 copy or a wrong position changes the tokens. Half of the models have cache groups with
 windows, whose blocks each token reads back to its window, and leaves a hash of that
-behind for those after it. The invariants hold after every step.
+behind for those after it. Half of the devices are pipelines: a token is on the device
+only when its step has come out of the last stage. The invariants hold after every step.
 
     python tests/jllm/scheduler/simulator.py --seeds 10000
     python tests/jllm/scheduler/simulator.py --seed 123
 """
 
 import argparse
+import collections
 import random
 
 from jllm.config import SchedulerConfig, WindowPool
@@ -104,6 +106,9 @@ class Device:
         self.seen = [[0] * self.block_size for _ in range(config.num_blocks)]
         self.rows = {}
         self.start_of = start_of
+        nothing = (None, None, [])
+        self.stages = collections.deque([nothing] * (config.num_stages - 1))
+        self.drawn = []
 
     def execute(self, plan, faults):
         """Runs a plan; rows in `faults` are not finite and leave poison behind.
@@ -187,8 +192,29 @@ class Device:
         finite = POISON not in entries
         token = 0
         if item.samples:
-            token = row.last_token = sample(row.seed, entries, seen_before)
+            row.last_token = None
+            token = sample(row.seed, entries, seen_before)
+        self.drawn.append((row, item.samples, token))
         return token, finite
+
+    @property
+    def is_busy(self):
+        """Whether a step with rows has not come out yet."""
+        return any(results for _, results, _ in self.stages)
+
+    def execute_stage(self, plan, faults):
+        """Begins a plan; what comes out is the plan of `num_stages - 1` steps before.
+
+        A row that has started anew since is another one, and gets nothing.
+        """
+        self.drawn = []
+        results = self.execute(plan, faults) if plan.num_rows else None
+        self.stages.append((plan, results, self.drawn))
+        plan, results, drawn = self.stages.popleft()
+        for row, samples, token in drawn:
+            if samples:
+                row.last_token = token
+        return (plan, results) if results else None
 
 
 def copy_blocks(pool, copies):
@@ -215,6 +241,7 @@ class Simulation:
         # From half of the longest context to room for four.
         pool_tokens = round(longest * rng.uniform(0.5, 4))
         token_budget = rng.choice([1, 4, 8, 16, 32, 64])
+        num_stages = random.Random(f"stages {seed}").choice([1, 1, 2, 4])
         widest, num_windows = max(1, longest // 2), rng.choice([0, 0, 1, 2])
         windows = [rng.randint(1, widest) for _ in range(num_windows)]
         self.config = SchedulerConfig(
@@ -226,7 +253,9 @@ class Simulation:
                     round(
                         min(
                             -(-longest // block_size),
-                            most_in_window(window, token_budget, block_size),
+                            most_in_window(
+                                window, token_budget, block_size, num_stages
+                            ),
                         )
                         * rng.choice([1, 1.4, 3])
                     ),
@@ -240,6 +269,7 @@ class Simulation:
             max_block_copies=rng.choice([1, 2, 8]),
             enable_prefix_caching=rng.random() < 0.8,
             max_preemptions=rng.choice([0, 1, 2, 8]),
+            num_stages=num_stages,
         )
         self.overlap = rng.random() < 0.7
         self.arrival_rate = rng.choice([0.2, 1.0, 2.0])
@@ -271,7 +301,8 @@ class Simulation:
             self._happen()
             self._step()
         for _ in range(self._patience()):
-            if not self.scheduler.has_unfinished and self.in_flight is None:
+            is_busy = self.in_flight is not None or self.device.is_busy
+            if not self.scheduler.has_unfinished and not is_busy:
                 break
             self._step()
         check_everything_ended(self)
@@ -281,7 +312,7 @@ class Simulation:
 
     def _patience(self):
         """Steps that all open requests take at the very most, one token at a time."""
-        longest = self.config.max_model_len + PATIENCE
+        longest = (self.config.max_model_len + PATIENCE) * self.config.num_stages
         return longest * (self.config.max_preemptions + 2) * len(self.open) + PATIENCE
 
     def _happen(self):
@@ -361,7 +392,8 @@ class Simulation:
                 for row in plan.rows
                 for blocks in row.window_blocks
             )
-            check_budget(self, plan)
+            if plan.num_rows:
+                check_budget(self, plan)
             check_order(self, plan, ready)
             check_no_shared_write(self, plan)
             faults = {
@@ -370,7 +402,7 @@ class Simulation:
                 if self.fault_rate and self.random.random() < self.fault_rate
             }
             self.faulted |= faults
-            launched = plan, self.device.execute(plan, faults)
+            launched = self.device.execute_stage(plan, faults)
         if self.overlap:
             launched, self.in_flight = self.in_flight, launched
         if launched is not None:
@@ -398,9 +430,10 @@ class Simulation:
         check_tokens(self, request)
 
 
-def most_in_window(window, token_budget, block_size):
-    """Most blocks of a sequence in a group: two steps may be under way."""
-    return -(-(max(window, block_size) + 2 * token_budget) // block_size) + 2
+def most_in_window(window, token_budget, block_size, num_stages):
+    """Most blocks of a sequence in a group, with all steps that may be under way."""
+    under_way = (num_stages + 1) * token_budget
+    return -(-(max(window, block_size) + under_way) // block_size) + 2
 
 
 def can_start(scheduler, request):
@@ -441,7 +474,7 @@ def check_windows(run):
     """1b: blocks outside of a window have gone back, and those inside have not."""
     config, size = run.config, run.config.block_size
     for group, pool in enumerate(config.window_pools, 1):
-        most = most_in_window(pool.window, config.token_budget, size)
+        most = most_in_window(pool.window, config.token_budget, size, config.num_stages)
         for request in run.open.values():
             table = request.tables[group].blocks
             assert len(table) == len(request.block_ids)
@@ -450,7 +483,8 @@ def check_windows(run):
             run.counts["passed"] += NO_BLOCK in table
             # Those whose step is complete; single tokens are looked after when a
             # block is full.
-            if not run.overlap and request.status is RequestStatus.RUNNING:
+            at_once = not run.overlap and config.num_stages == 1
+            if at_once and request.status is RequestStatus.RUNNING:
                 position = run.scheduler.num_computed_tokens(request)
                 needed = max(0, position - max(pool.window, size) + 1) // size
                 assert NO_BLOCK not in table[needed:]
