@@ -35,6 +35,7 @@ from jllm.outputs import (
     ScoreRequestOutput,
 )
 from jllm.pooling import PoolingParams
+from jllm.probes import Edit
 from jllm.types import (
     RequestOutputKind,
     SamplingParams,
@@ -52,6 +53,7 @@ __all__ = [
     "ConfigError",
     "ContentDelta",  # pyright: ignore[reportUnsupportedDunderAll]
     "ContextTooLongError",
+    "Edit",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
     "EngineConfig",

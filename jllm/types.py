@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 from jllm.checks import boolean, id_list, integer, number, string_list, wrong
 from jllm.pooling import PoolingParams
+from jllm.probes import Probes
 from jllm.structured_outputs import StructuredOutputsParams, make_structured_outputs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -273,6 +274,8 @@ class TokenOutput:
             monotonic clock; at least with its first token.
         pooled: What the hidden states of a pooled prompt were reduced to, a numpy array
             f64[E], in its only output.
+        activations: What has been captured since the last output: mappings from name
+            to numpy array `[tokens, …]`, of consecutive tokens each.
     """
 
     request_id: str
@@ -287,6 +290,7 @@ class TokenOutput:
     is_complete: bool = False
     scheduled_time: float | None = None
     pooled: Any = None
+    activations: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -337,6 +341,7 @@ class EngineRequest:
             generates nothing.
         prompt_logprobs_start: First position of the prompt with prompt logprobs; what
             lies before may come from the prefix cache.
+        probes: What is captured and edited of its activations.
     """
 
     request_id: str
@@ -350,3 +355,4 @@ class EngineRequest:
     thinking: Any = None
     pooling: PoolingParams | None = None
     prompt_logprobs_start: int = 1
+    probes: Probes | None = None

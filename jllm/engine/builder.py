@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jllm.engine.executables import Executable
 from jllm.engine.pooling import pool_step
+from jllm.engine.probed_steps import GroupInput, ProbeSet, probed_step
 from jllm.engine.programs import ProgramOptions, describe, describe_state
 from jllm.engine.state import EngineState
 from jllm.engine.steps import (
@@ -102,6 +103,27 @@ class ProgramBuilder:
         step = partial(function, self._model, layout, self._options.draw_method)
         vector = self._array((layout.size,), jnp.int32)
         return self._compile(step, (self._weights, self._state, vector), state_at=1)
+
+    def probed(self, kind: str, size: int, probes: ProbeSet) -> Executable:
+        """The same with activations that are captured or edited."""
+        layout = self._options.layout(kind, size)
+        method = self._options.draw_method
+        step = partial(probed_step, self._model, layout, method, probes)
+        rows = self._options.table_rows
+        groups = tuple(
+            GroupInput(
+                self._array((rows, len(group), 2), jnp.int32),
+                tuple(
+                    self._array((rows, *point.shape), point.dtype)
+                    for point in group
+                    if point.shape is not None
+                ),
+            )
+            for group in probes.groups
+        )
+        vector = self._array((layout.size,), jnp.int32)
+        arguments = (self._weights, self._state, vector, groups)
+        return self._compile(step, arguments, state_at=1)
 
     def sampler(self, num_rows: int) -> Executable:
         """The second program of a step of `num_rows` rows with sampling rules."""

@@ -181,6 +181,7 @@ def _assemble(plan: StartPlan, compiling: Compiling, weights: Weights) -> Engine
         max_logprobs=resolved.max_logprobs,
         eos_token_ids=eos_token_ids(plan.files),
         width=model.width,
+        activations=model.activations,
     )
     return Engine(
         EngineParts(

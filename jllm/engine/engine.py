@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jllm.engine.admission import Job, Limits, make_sequences, validate
+from jllm.engine.builder import ProgramBuilder
 from jllm.engine.grammars import pack_masks, push_tokens, wants_grammars
 from jllm.engine.inputs import InputLayout, pack
 from jllm.engine.logprobs import (
@@ -21,6 +22,7 @@ from jllm.engine.logprobs import (
 )
 from jllm.engine.memory import group_block_bytes
 from jllm.engine.pooling import add_sums, claim_segments, pool_owners
+from jllm.engine.probing import Probing
 from jllm.engine.programs import ProgramOptions, Programs
 from jllm.engine.results import InFlight, step_outputs
 from jllm.engine.state import EngineState, row_fields
@@ -101,6 +103,14 @@ class Engine:
         self._device_rules: jax.Array | None = None
         self._no_masks: dict[int, jax.Array] = {}
         self._result_layout = ResultLayout(parts.options.num_logprobs)
+        self._probing = Probing(
+            lambda: ProgramBuilder(
+                parts.model, parts.options, self.weights, parts.place
+            ),
+            parts.options,
+            parts.limits.activations,
+            self._upload,
+        )
         self.metrics = EngineMetrics()
 
     @property
@@ -142,8 +152,16 @@ class Engine:
         """Whether a step would do anything."""
         return self._scheduler.has_unfinished or self._in_flight is not None
 
+    def prepare(self, requests: Sequence[EngineRequest]) -> None:
+        """Compiles for requests that capture or edit, from any thread, before `add`."""
+        self._probing.prepare(requests)
+
+    def release(self, request_id: str) -> None:
+        """Forgets a prepared request that will not be added, from any thread."""
+        self._probing.release(request_id)
+
     def add(self, request: EngineRequest) -> None:
-        """Queues a request.
+        """Queues a request; a probed one that was not prepared is compiled for.
 
         Raises:
             InvalidRequestError: A field is wrong, or the id is in use.
@@ -154,6 +172,7 @@ class Engine:
                 f"request_id={request.request_id!r} is in use", parameter="request_id"
             )
         validate(request, self._parts.limits)
+        self._probing.prepare([request])
         seed = request.params.seed
         if seed is None:
             seed = int(self._seeds.integers(2**63))
@@ -174,6 +193,7 @@ class Engine:
         """Ends a request and frees its blocks; unknown ids are ignored."""
         self._scheduler.abort(request_id)
         self._open.pop(request_id, None)
+        self._probing.release(request_id)
 
     def abort_sequence(self, request_id: str, index: int) -> None:
         """Ends one of the sequences of a request, the others go on."""
@@ -256,7 +276,10 @@ class Engine:
         parts, jobs = self._parts, self._jobs(plan)
         wants_prompt = wants_prompt_logprobs(plan, jobs)
         has_logprobs = wants_prompt or wants_sampler(plan, jobs)
-        if wants_prompt:
+        probed = self._probing.program(plan, jobs)
+        if probed:
+            layout, program = probed
+        elif wants_prompt:
             layout, program = parts.programs.largest_prefill()
         else:
             layout, program = parts.programs.step(
@@ -272,7 +295,7 @@ class Engine:
         self.metrics.dispatches += 1
         unsampled = result if has_logprobs else None
         flight = InFlight(plan, jobs, result.packed, has_logprobs, unsampled, layout)
-        flight = self._pool(flight, result)
+        flight = self._probing.capture(self._pool(flight, result), result)
         if not has_logprobs:
             result.packed.copy_to_host_async()
         elif not wants_grammars(plan, jobs):
@@ -305,6 +328,7 @@ class Engine:
         self.metrics.dispatches += 1
         prompt_packed = None
         if wants_prompt_logprobs(plan, jobs):
+            result = dataclasses.replace(result, captured={})
             targets = self._upload(next_tokens(plan, jobs, flight.layout.num_tokens))
             self._state, (packed, prompt_packed) = parts.programs.prompt_logprobs()(
                 parts.weights, self._state, result, targets, inputs
@@ -354,6 +378,8 @@ class Engine:
         if flight.sums is not None:
             add_sums(flight.segments, np.asarray(flight.sums))
             self.metrics.device_to_host_copies += 1
+        if flight.captures is not None:
+            self.metrics.device_to_host_copies += flight.captures.file()
         results = packed[: flight.plan.num_rows]
         tokens = results[:, 0].tolist()
         failed = np.flatnonzero(results[:, 1] & FINITE == 0).tolist()
@@ -412,3 +438,4 @@ class Engine:
         sequences = self._open.get(request_id)
         if sequences and all(sequence.finish_reason for sequence in sequences):
             del self._open[request_id]
+            self._probing.release(request_id)

@@ -5,6 +5,7 @@ return the whole device state, which is donated: every leaf keeps its address.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -22,13 +23,16 @@ from jllm.engine.inputs import (
 )
 from jllm.engine.state import EngineState, Leaf, RowField, RowTable
 from jllm.layers.kernels import TileTable
-from jllm.models.base import Batch, Model, Weights
+from jllm.models.base import Batch, KVCache, Model, Weights
 from jllm.sampling.draws import DrawMethod
 from jllm.sampling.logprobs import FINITE, prompt_logprobs
 from jllm.sampling.rows import SamplingRows, TokenHistory
 from jllm.sampling.rules import RuleLayout, restrict
 from jllm.sampling.sampler import SamplerOptions, draw, sample
 from jllm.scheduler.plan import NO_BLOCK
+
+Forward = Callable[[Weights, KVCache, Batch], tuple[Array, KVCache]]
+"""What computes hidden states in a step: the model's own function, or a probed one."""
 
 
 @jax.tree_util.register_dataclass
@@ -41,12 +45,14 @@ class StepResult:
         logits: Scores from which the token was drawn, for the sampler program.
         sampled_rows: Row of the table that sampled; past the table where none did.
         hidden: Hidden states of all tokens, for prompt log-probabilities.
+        captured: Activations of all tokens by name; none but in a probed step.
     """
 
     packed: Leaf  # i32[S, 2]
     logits: Leaf  # f32[S, V]
     sampled_rows: Leaf  # i32[S]
     hidden: Leaf  # [T, E]
+    captured: Mapping[str, Leaf] = dataclasses.field(default_factory=dict[str, Leaf])
 
 
 class SamplerInput(NamedTuple):
@@ -107,6 +113,7 @@ def decode_step(
     weights: Weights,
     state: EngineState,
     vector: Int[Array, " I"],
+    forward: Forward | None = None,
 ) -> tuple[EngineState, StepResult]:
     """Computes the last sampled token of each row and samples the next.
 
@@ -145,7 +152,7 @@ def decode_step(
         windows=windows,
         is_decode=True,
     )
-    state, hidden = _forward(model, weights, state, batch)
+    state, hidden = _forward(forward or model.forward, weights, state, batch)
     turn = Turn(inputs.rows, rows, live.astype(jnp.int32), live)
     score = partial(_score, model, method, weights, layout.num_rows)
     drawn = score(hidden, turn.sampling())
@@ -159,6 +166,7 @@ def prefill_step(
     weights: Weights,
     state: EngineState,
     vector: Int[Array, " I"],
+    forward: Forward | None = None,
 ) -> tuple[EngineState, StepResult]:
     """Computes prompt chunks and single tokens in any mix.
 
@@ -169,7 +177,7 @@ def prefill_step(
     rows = state.rows.take(inputs.rows)
     live = _live(rows, inputs.rows, state)
     batch = _ragged_batch(model, layout, state, inputs, rows, live)
-    state, hidden = _forward(model, weights, state, batch)
+    state, hidden = _forward(forward or model.forward, weights, state, batch)
     last = hidden.at[batch.row_starts[1:] - 1].get(mode="clip")
     advance = jnp.where(live, inputs.num_tokens, 0)
     turn = Turn(inputs.rows, rows, advance, live & (inputs.samples == 1))
@@ -346,10 +354,10 @@ def _tile_table(layout: InputLayout, inputs: PrefillInput) -> TileTable | None:
 
 
 def _forward(
-    model: Model, weights: Weights, state: EngineState, batch: Batch
+    forward: Forward, weights: Weights, state: EngineState, batch: Batch
 ) -> tuple[EngineState, Float[Array, "T E"]]:
     """Runs the network and records the tokens of the places that it wrote."""
-    hidden, kv = model.forward(weights, state.kv, batch)
+    hidden, kv = forward(weights, state.kv, batch)
     block_size = state.block_tokens.shape[1]
     block_tokens = state.block_tokens.at[
         batch.slots // block_size, batch.slots % block_size
