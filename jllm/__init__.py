@@ -36,6 +36,7 @@ from jllm.outputs import (
 )
 from jllm.pooling import PoolingParams
 from jllm.probes import Edit
+from jllm.processors import LogitsProcessor
 from jllm.types import (
     RequestOutputKind,
     SamplingParams,
@@ -61,6 +62,7 @@ __all__ = [
     "EngineStoppedError",
     "InvalidRequestError",
     "JllmError",
+    "LogitsProcessor",
     "Logprob",
     "ModelNotFoundError",
     "OutputParser",  # pyright: ignore[reportUnsupportedDunderAll]

@@ -3,10 +3,11 @@
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jllm.errors import ConfigError
+from jllm.processors import make_processors
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "random"]
@@ -78,6 +79,9 @@ class EngineConfig:
         "next ones, which then trace and compile nothing; its files are run, so that "
         "it must be the user's own; none exports nothing",
     )
+    logits_processors: Sequence[Any] = _option(
+        (), "functions over the scores of every token; in Python only"
+    )
 
     def __post_init__(self) -> None:
         """Checks types and ranges; raises `ConfigError` naming field and bound."""
@@ -117,6 +121,13 @@ class EngineConfig:
         self._check_choice("load_format", LoadFormat)
         self._check_choice("attention", AttentionImplementation)
         self._check_choice("generation_config", Literal["auto", "vllm"])
+        processors = make_processors(self.logits_processors)
+        object.__setattr__(self, "logits_processors", processors)
+        if processors and self.executables is not None:
+            raise ConfigError(
+                "executables cannot be exported with logits_processors: a file cannot "
+                "tell whether a function is still the same"
+            )
 
     def _check_integer(self, field: str, low: int) -> None:
         value = getattr(self, field)

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
-
 from jllm.checks import string_list, wrong
 from jllm.errors import InvalidRequestError
 
@@ -133,8 +131,10 @@ def _each(name: str, value: Any, count: int, *, has_each: bool) -> list[Any]:
     return list(value)
 
 
-def _array(value: Any) -> np.ndarray:
+def _array(value: Any) -> Any:
     """The argument as the device takes it: at most 32 bits wide, and a copy."""
+    import numpy as np
+
     try:
         array = np.array(value)
     except ValueError as error:

@@ -76,6 +76,8 @@ class SamplingParams:
         reasoning_parser: Name of the form of the model's reasoning, behind which
             `structured_outputs` begin; None where the output has none.
         thinking_token_budget: Most tokens of reasoning; None or -1 is any number.
+        extra_args: Arguments of the engine's logits processors by name: arrays, or what
+            numpy makes arrays of, with the shapes and types of their defaults.
     """
 
     n: int = 1
@@ -107,6 +109,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     reasoning_parser: str | None = None
     thinking_token_budget: int | None = None
+    extra_args: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Checks every range and normalises; see `InvalidRequestError`."""
@@ -126,6 +129,8 @@ class SamplingParams:
         self._set(structured_outputs=structured)
         if self.thinking_token_budget is not None:
             integer("thinking_token_budget", self.thinking_token_budget, -1)
+        if self.extra_args is not None and not isinstance(self.extra_args, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise wrong("extra_args", self.extra_args, "must map names to arrays")
         if self.stop and not self.detokenize:
             raise wrong("stop", self.stop, "needs detokenize=True")
         if self.is_greedy:

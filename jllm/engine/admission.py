@@ -1,7 +1,7 @@
 """From a request to the sequences that are scheduled; refuses what cannot be run."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from jllm.engine.pooling import PooledPrompt
 from jllm.engine.probes import ProbedJob, make_probed, resolve
 from jllm.errors import ContextTooLongError, InvalidRequestError
 from jllm.pooling import PoolingParams
+from jllm.processors import check_arguments
 from jllm.sampling.grammar import Matcher
 from jllm.sampling.rules import RowRules, RuleLayout, pack_rules
 from jllm.sampling.thinking import ThinkingMatcher
@@ -28,6 +29,8 @@ class Limits:
         eos_token_ids: Tokens that end the output of this model.
         width: Length of its hidden states.
         activations: Names of what can be captured and edited.
+        extra_args: Arguments of the logits processors, with their defaults.
+        has_processors: Whether there are any, so that all tokens are theirs.
     """
 
     vocab_size: int
@@ -36,6 +39,10 @@ class Limits:
     eos_token_ids: tuple[int, ...]
     width: int
     activations: tuple[str, ...] = ()
+    extra_args: Mapping[str, np.ndarray] = dataclasses.field(
+        default_factory=dict[str, np.ndarray]
+    )
+    has_processors: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -55,6 +62,7 @@ class Job:
         scheduled_time: When its first step was launched, on the monotonic clock.
         pooled: Sums of its hidden states, where it is pooled and generates nothing.
         probed: What is captured and edited of its activations, None for nothing.
+        extra_args: Its arguments of the logits processors, in their order.
     """
 
     request: EngineRequest
@@ -69,6 +77,7 @@ class Job:
     scheduled_time: float | None = None
     pooled: PooledPrompt | None = None
     probed: ProbedJob | None = None
+    extra_args: tuple[np.ndarray, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -110,6 +119,7 @@ def validate(request: EngineRequest, limits: Limits) -> None:
         )
     if request.probes is not None:
         resolve(request.probes, limits.activations)
+    check_arguments(params.extra_args, limits.extra_args)
     _check_logprobs(request, limits)
 
 
@@ -179,8 +189,10 @@ def make_sequences(
     eos = () if params.ignore_eos else (*limits.eos_token_ids, *request.eos_token_ids)
     stop_ids = tuple(dict.fromkeys((*(params.stop_token_ids or ()), *eos)))
     rules = None
-    if needs_sampler(request, stop_ids):
+    if limits.has_processors or needs_sampler(request, stop_ids):
         rules = pack_rules(rule_layout, _row_rules(request, stop_ids))
+    given = check_arguments(params.extra_args, limits.extra_args)
+    extra_args = tuple(given.values())
     sequences: list[Request] = []
     for index in range(params.n):
         job = Job(
@@ -191,6 +203,7 @@ def make_sequences(
             rules=rules,
             matcher=_matcher(request, limits, rule_layout),
             pooled=pooled,
+            extra_args=extra_args,
         )
         if request.probes is not None:
             job.probed = make_probed(request.probes, limits.activations)

@@ -25,6 +25,7 @@ from jllm.engine.steps import (
 )
 from jllm.layers.kernels import collect_fallbacks
 from jllm.models.base import Model, Weights
+from jllm.processors import argument_defaults
 from jllm.sampling.rules import RuleLayout
 from jllm.sampling.sampler import SamplerOptions
 from jllm.sampling.transforms import ThresholdSearch
@@ -165,7 +166,13 @@ class ProgramBuilder:
         # Kernels do not know of devices that share the vocabulary.
         implementation = "auto" if of_model.mesh is None else "reference"
         search = ThresholdSearch(implementation, of_model.target)
-        return SamplerOptions(options.num_logprobs, options.draw_method, search)
+        return SamplerOptions(
+            num_logprobs=options.num_logprobs,
+            method=options.draw_method,
+            search=search,
+            processors=options.processors,
+            vocab_size=self._model.vocab_size,
+        )
 
     def logits(self, num_rows: int) -> jax.ShapeDtypeStruct:
         """Description of the logits that a step of `num_rows` rows leaves."""
@@ -188,6 +195,10 @@ class ProgramBuilder:
         return SamplerInput(
             rules=self._array((options.table_rows, options.rule_size), jnp.int32),
             allowed=self._array((num_rows, words), jnp.int32),
+            arguments=tuple(
+                self._array((options.table_rows, *value.shape), value.dtype)
+                for value in argument_defaults(options.processors).values()
+            ),
         )
 
     @property

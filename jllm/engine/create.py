@@ -23,6 +23,8 @@ from jllm.layers.kernels import Target
 from jllm.models.base import Model, ModelOptions, Weights
 from jllm.models.hf_config import read_integer
 from jllm.models.registry import build_model
+from jllm.processors import argument_defaults
+from jllm.sampling.processors import check_processors
 from jllm.scheduler.scheduler import Scheduler
 from jllm.weights.hub import CheckpointFiles, resolve_model
 from jllm.weights.loader import load_weights
@@ -90,6 +92,7 @@ def _create_replica(
     device = mesh.devices.flat[0]
     vocab_size = read_integer(files.config, "vocab_size")
     resolved = resolve_options(config, files.config, device.platform, vocab_size)
+    check_processors(resolved.processors, vocab_size)
     capacity = device_capacity(mesh)
     model = build_model(
         files.config,
@@ -182,6 +185,8 @@ def _assemble(plan: StartPlan, compiling: Compiling, weights: Weights) -> Engine
         eos_token_ids=eos_token_ids(plan.files),
         width=model.width,
         activations=model.activations,
+        extra_args=argument_defaults(resolved.processors),
+        has_processors=bool(resolved.processors),
     )
     return Engine(
         EngineParts(

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jllm.engine.admission import Job, Limits, make_sequences, validate
+from jllm.engine.arguments import ArgumentTables
 from jllm.engine.builder import ProgramBuilder
 from jllm.engine.grammars import pack_masks, push_tokens, wants_grammars
 from jllm.engine.inputs import InputLayout, pack
@@ -102,6 +103,9 @@ class Engine:
         self._rules = np.tile(self._neutral_rules, (parts.options.table_rows, 1))
         self._device_rules: jax.Array | None = None
         self._no_masks: dict[int, jax.Array] = {}
+        self._arguments = ArgumentTables(
+            parts.limits.extra_args, parts.options.table_rows, self._upload
+        )
         self._result_layout = ResultLayout(parts.options.num_logprobs)
         self._probing = Probing(
             lambda: ProgramBuilder(
@@ -324,7 +328,10 @@ class Engine:
         """Dispatches the second program of a step, with rules and grammars."""
         parts, plan, jobs = self._parts, flight.plan, flight.jobs
         self._place_rules(plan, jobs)
-        inputs = SamplerInput(self._device_rules, self._masks(flight))
+        arguments = self._arguments.place(
+            plan.table_rows, [job.extra_args for job in jobs]
+        )
+        inputs = SamplerInput(self._device_rules, self._masks(flight), arguments)
         self.metrics.dispatches += 1
         prompt_packed = None
         if wants_prompt_logprobs(plan, jobs):

@@ -62,10 +62,12 @@ class SamplerInput(NamedTuple):
         rules: Packed rules of all rows of the table.
         allowed: Bit set of the ids that the grammar of each row of the step allows; all
             ones without a grammar.
+        arguments: Those of the logits processors for all rows of the table.
     """
 
     rules: Leaf  # i32[R, X]
     allowed: Leaf  # i32[S, A]
+    arguments: tuple[Leaf, ...] = ()  # [R, ...] each
 
 
 class Turn(NamedTuple):
@@ -220,7 +222,12 @@ def sampler_step(
     layout = RuleLayout(logits.shape[1])
     rules = inputs.rules.at[sampled_rows].get(mode="clip")
     own_rules = restrict(layout, rules, inputs.allowed)
-    result = sample(logits, rows.sampling(positions), history, own_rules, options)
+    arguments = tuple(
+        table.at[sampled_rows].get(mode="clip") for table in inputs.arguments
+    )
+    result = sample(
+        logits, rows.sampling(positions), history, own_rules, options, arguments
+    )
     fields = _record(rows, result.tokens, jnp.ones_like(positions, bool))
     state = dataclasses.replace(state, rows=state.rows.put(sampled_rows, fields))
     return state, result.packed
