@@ -10,6 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+from jllm.checks import wrong
 from jllm.config import EngineConfig, make_config
 from jllm.engine.create import create_engine
 from jllm.engine.loop import EngineLoop
@@ -240,10 +241,11 @@ class AsyncLLM:
     ) -> OutputStream:
         """Queues one prompt; returns once the engine has accepted it.
 
-        Args and errors are those of `generate`, and `on_first_token` is called in the
-        event loop, whatever kind of outputs is asked for. The caller reads the stream
-        to its end or closes it, which ends the request. With `PoolingParams` the one
-        output is an `EmbeddingRequestOutput`.
+        Args and errors are those of `generate`; `probes` is what is captured and
+        edited, and `on_first_token` is called in the event loop, whatever kind of
+        outputs is asked for. The caller reads the stream to its end or closes it, which
+        ends the request. With `PoolingParams` the one output is an
+        `EmbeddingRequestOutput`.
         """
         params = self._default_params if sampling_params is None else sampling_params
         if not isinstance(params, (SamplingParams, PoolingParams)):
@@ -252,6 +254,8 @@ class AsyncLLM:
                 f"embedding, not {params!r}",
                 parameter="sampling_params",
             )
+        if probes is not None and isinstance(params, PoolingParams):
+            raise wrong("probes", probes, "must be None for an embedding")
         if request_id is None:
             request_id = self._new_id()
         prepare = partial(self._prepare, request_id, prompt, params, priority, probes)

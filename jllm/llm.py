@@ -178,6 +178,8 @@ class LLM:
         messages: Any,
         sampling_params: Any = None,
         *,
+        capture: Any = None,
+        edit: Any = None,
         use_tqdm: bool = True,
         priority: Any = None,
         **chat_options: Any,
@@ -188,6 +190,8 @@ class LLM:
             messages: One conversation or a list of them. A conversation is a list of
                 `{"role": str, "content": str}`.
             sampling_params: As in `generate`.
+            capture: As in `generate`.
+            edit: As in `generate`.
             use_tqdm: Whether a progress bar is shown.
             priority: As in `generate`.
             **chat_options: `chat_template` (Jinja source), `add_generation_prompt`,
@@ -200,8 +204,14 @@ class LLM:
         many = is_list and all(isinstance(item, (list, tuple)) for item in messages)
         conversations = list(messages) if many else [messages]
         prompts = [self.chat_prompt(item, **chat_options) for item in conversations]
-        prepared = self._prepare(prompts, sampling_params, priority)
-        return self._runner.run(prepared, use_tqdm=use_tqdm)
+        return self.generate(
+            prompts,
+            sampling_params,
+            capture=capture,
+            edit=edit,
+            use_tqdm=use_tqdm,
+            priority=priority,
+        )
 
     def embed(
         self,

@@ -117,13 +117,6 @@ def probed_step(
     return state, dataclasses.replace(result, captured=captured)
 
 
-def gather_step(
-    captured: dict[str, Shaped[Array, "T ..."]], places: Int[Array, " N"]
-) -> dict[str, Shaped[Array, "N ..."]]:
-    """The activations of some tokens of a step."""
-    return {name: value.at[places].get(mode="clip") for name, value in captured.items()}
-
-
 class _TokenRows(NamedTuple):
     """Whose the tokens of a step are.
 

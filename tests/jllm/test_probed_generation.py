@@ -1,13 +1,15 @@
 """Activations through `LLM` and `AsyncLLM`, and scores of the latter."""
 
 import asyncio
+import dataclasses
 import threading
 
 import numpy as np
 import pytest
 
 from jllm import LLM, AsyncLLM, Edit, SamplingParams
-from tests.engines import shared_engine
+from jllm.probes import make_probes
+from tests.engines import request, shared_engine
 
 SECONDS = 60
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
@@ -19,15 +21,28 @@ def double(x):
     return 2 * x
 
 
-@pytest.fixture
-def engine(monkeypatch):
-    """One for all; `close` must not end it."""
+EDIT = {"embed": Edit(double)}
+
+
+@pytest.fixture(scope="module")
+def keeper():
+    """An engine with one set for all tests, which a request keeps open."""
     engine = shared_engine()
+    probes = make_probes(CAPTURE, EDIT)
+    engine.prepare([dataclasses.replace(request("keeper", [3]), probes=probes)])
+    yield engine
+    engine.release("keeper")
+
+
+@pytest.fixture
+def engine(keeper, monkeypatch):
+    """One for all; `close` must not end it."""
+    engine = keeper
     monkeypatch.setattr(engine, "close", lambda: None)
     for module in ("llm", "async_llm"):
         monkeypatch.setattr(f"jllm.{module}.create_engine", lambda config: engine)
     yield engine
-    assert engine.num_open == engine._probing.num_open == 0
+    assert (engine.num_open, engine._probing.num_open) == (0, 1)
 
 
 @pytest.fixture
@@ -52,12 +67,8 @@ def generate(llm, prompts, params=PARAMS, **probes):
 
 def test_per_prompt(llm):
     plain = generate(llm, [PROMPT, PROMPT[:5]])
-    first, second = generate(
-        llm,
-        [PROMPT, PROMPT[:5]],
-        capture=[CAPTURE, None],
-        edit=[None, {"embed": double}],
-    )
+    prompts, captures, edits = [PROMPT, PROMPT[:5]], [CAPTURE, None], [None, EDIT]
+    first, second = generate(llm, prompts, capture=captures, edit=edits)
     assert first.token_ids == plain[0].token_ids
     assert set(first.activations) == {"layers.0.resid", "layers.1.resid"}
     assert first.activations["layers.1.resid"].shape == (22, 56)
@@ -109,9 +120,8 @@ def test_others_go_on_while_a_request_waits_for_its_program(engine, monkeypatch)
         return outputs[-1].outputs[0]
 
     async def body(llm):
-        edit = {"layers.0.resid": Edit(double)}
         waiting = asyncio.create_task(last(llm, capture=CAPTURE))
-        leaving = asyncio.create_task(last(llm, edit=edit, capture=CAPTURE))
+        leaving = asyncio.create_task(last(llm, edit=EDIT, capture=CAPTURE))
         plain = await last(llm)
         assert not waiting.done()
         leaving.cancel()
@@ -119,7 +129,7 @@ def test_others_go_on_while_a_request_waits_for_its_program(engine, monkeypatch)
         assert (await waiting).token_ids == plain.token_ids
         with pytest.raises(asyncio.CancelledError):
             await leaving
-        while engine._probing.num_open:
+        while engine._probing.num_open > 1:
             await asyncio.sleep(0.01)
 
     serve(engine, body)
