@@ -49,24 +49,6 @@ def kv_waste() -> str:
     )
 
 
-def offline() -> str:
-    """Offline throughput beside transformers."""
-    rows = latest(record.read("offline"), "model", "engine", "requests")
-    return markdown(
-        ["model", "requests", "engine", "output tokens/s", "jllm, of its rate"],
-        [
-            [
-                row["model"],
-                row["requests"],
-                row["engine"],
-                f"{row['tokens_per_second']:,.0f}",
-                "" if row["engine"] == "jllm" else f"{row['jllm_is_faster_by']:.2f} x",
-            ]
-            for row in rows
-        ],
-    )
-
-
 def peers() -> str:
     """jllm and other engines on the same checkpoint, in turns."""
     keys = ("model", "dtype", "workload", "requests", "engine")
@@ -100,6 +82,29 @@ def peers() -> str:
     )
 
 
+def peer_ratios() -> str:
+    """How much faster jllm is than each engine, one workload per line."""
+    keys = ("model", "dtype", "workload", "requests", "engine")
+    workloads: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in latest(record.read("peers"), *keys):
+        workload = tuple(row[key] for key in keys[:-1])
+        workloads.setdefault(workload, {})[row["engine"]] = row
+    engines = sorted({name for rows in workloads.values() for name in rows} - {"jllm"})
+    return markdown(
+        ["model", "type", "requests", "jllm, tokens/s", *engines],
+        [
+            [
+                model,
+                dtype,
+                f"{requests} x {workload}",
+                f"{rows['jllm']['output_tokens_per_second']:,.1f}",
+                *(_ratio(rows[engine]) if engine in rows else "" for engine in engines),
+            ]
+            for (model, dtype, workload, requests), rows in workloads.items()
+        ],
+    )
+
+
 def _ratio(row: dict[str, Any]) -> str:
     ratio = row.get("jllm_is_faster_by")
     return "" if ratio is None else f"{ratio:.2f} x"
@@ -129,6 +134,24 @@ def cpu_products() -> str:
                 f"{row['share_percent']:.0f} %",
             ]
             for row in rows
+        ],
+    )
+
+
+def routing() -> str:
+    """Hits in the prefix cache by the way requests are routed to replicas."""
+    keys = ("trace", "routing", "replicas", "ticks_per_second")
+    return markdown(
+        ["trace", "replicas", "routing", "prompt tokens found", "busiest of mean"],
+        [
+            [
+                row["trace"],
+                row["replicas"],
+                row["routing"],
+                f"{row['hit_percent']:.1f} %",
+                f"{row['busiest_of_mean']:.2f} x",
+            ]
+            for row in latest(record.read("routing"), *keys)
         ],
     )
 
@@ -464,9 +487,10 @@ TABLES: dict[str, Callable[[], str]] = {
         device_waits,
         host_loop,
         kv_waste,
-        offline,
+        peer_ratios,
         peers,
         prefix_cache,
+        routing,
         sampling_draw,
         sampling_thresholds,
         server,

@@ -8,11 +8,12 @@ from jllm.engine.admission import Limits
 from jllm.engine.engine import Engine, ModelInfo
 from jllm.metrics import EngineStats
 from jllm.models.base import Weights
+from jllm.scheduler.routing import ReplicaRouter
 from jllm.types import EngineRequest, StepOutputs
 
 
 class Replicas:
-    """Sends each request to the replica with the fewest open ones.
+    """Sends each request to one of several replicas; see `ReplicaRouter`.
 
     Replicas share no state: each has its own devices, weights, pool and scheduler.
     """
@@ -22,6 +23,9 @@ class Replicas:
         self._engines = list(engines)
         self._owner: dict[str, Engine] = {}
         self._prepared: dict[str, Engine] = {}
+        pool = self._engines[0].scheduler.config
+        cached = pool.num_blocks if pool.enable_prefix_caching else 0
+        self._router = ReplicaRouter(len(self._engines), pool.block_size, cached)
 
     @property
     def limits(self) -> Limits:
@@ -62,7 +66,9 @@ class Replicas:
         if owner is None or not owner.is_open(request.request_id):
             owner = self._prepared.pop(request.request_id, None)
         if owner is None:
-            owner = min(self._engines, key=lambda engine: engine.num_open)
+            loads = [engine.num_open for engine in self._engines]
+            prompt, salt = request.prompt_token_ids, request.cache_salt
+            owner = self._engines[self._router.route(prompt, loads, salt)]
         owner.add(request)
         self._owner[request.request_id] = owner
 
@@ -121,10 +127,12 @@ class Replicas:
         """Gives every replica other weights; see `Engine.update_weights`."""
         for engine in self._engines:
             engine.update_weights(weights)
+        self._router.forget()
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prefixes of all replicas."""
         results = [engine.reset_prefix_cache() for engine in self._engines]
+        self._router.forget()
         return all(results)
 
     def close(self) -> None:

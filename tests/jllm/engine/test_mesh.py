@@ -76,6 +76,21 @@ def test_replicas_abort_and_forget():
     engine.close()
 
 
+def test_a_prompt_goes_to_the_replica_that_has_its_start():
+    engine = make_engine(data_parallel_size=2)
+    start = list(range(1, 41))
+    engine.add(request(0, start, max_tokens=1))
+    drain(engine)
+    # The first replica has one open request, the second has none.
+    engine.add(request(1, [7] * 40, max_tokens=200, ignore_eos=True))
+    engine.add(request(2, [*start, 5, 6], max_tokens=1))
+    drain(engine)
+    hits = [replica.stats().num_prefix_hits for replica in engine.engines]
+    assert hits == [32, 0]
+    assert engine.reset_prefix_cache()
+    engine.close()
+
+
 @pytest.mark.parametrize("kind_and_size", [("decode", 8), ("prefill", 64)], ids=str)
 def test_two_all_reduces_per_layer_and_nothing_large_is_gathered(kind_and_size):
     engine = make_engine(tensor_parallel_size=4)
