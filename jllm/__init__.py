@@ -35,6 +35,8 @@ from jllm.outputs import (
     ScoreRequestOutput,
 )
 from jllm.pooling import PoolingParams
+from jllm.probes import Edit
+from jllm.processors import LogitsProcessor
 from jllm.types import (
     RequestOutputKind,
     SamplingParams,
@@ -52,6 +54,7 @@ __all__ = [
     "ConfigError",
     "ContentDelta",  # pyright: ignore[reportUnsupportedDunderAll]
     "ContextTooLongError",
+    "Edit",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
     "EngineConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "HostConfig",
     "InvalidRequestError",
     "JllmError",
+    "LogitsProcessor",
     "Logprob",
     "ModelNotFoundError",
     "OutputParser",  # pyright: ignore[reportUnsupportedDunderAll]

@@ -25,6 +25,8 @@ from jllm.outputs import RequestOutput as RequestOutput
 from jllm.outputs import ScoreOutput as ScoreOutput
 from jllm.outputs import ScoreRequestOutput as ScoreRequestOutput
 from jllm.pooling import PoolingParams as PoolingParams
+from jllm.probes import Edit as Edit
+from jllm.processors import LogitsProcessor as LogitsProcessor
 from jllm.research import load as load
 from jllm.text.parsers.constraint import tool_constraint as tool_constraint
 from jllm.text.parsers.deltas import ContentDelta as ContentDelta

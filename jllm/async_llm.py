@@ -3,25 +3,33 @@
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+from jllm.checks import wrong
 from jllm.config import EngineConfig, make_config, options_of
 from jllm.engine.create import create_engine
 from jllm.engine.loop import EngineLoop
 from jllm.errors import ConfigError, EngineStoppedError, InvalidRequestError
 from jllm.metrics import EngineStats
-from jllm.outputs import EmbeddingRequestOutput, RequestOutput
+from jllm.outputs import (
+    EmbeddingRequestOutput,
+    RequestOutput,
+    ScoreOutput,
+    ScoreRequestOutput,
+)
 from jllm.pooling import Pooling, PoolingParams
+from jllm.probes import Probes, make_probes
 from jllm.text.chat_template import ChatOptions
 from jllm.text.delivery import OpenRequest, OutputStream, OutputThread
 from jllm.text.embedding import make_stream
 from jllm.text.prompts import PreparedRequest, Prompt, make_processor
+from jllm.text.scoring import score_output, split_continuations
 from jllm.text.tokenizer import Tokenizer
-from jllm.types import SamplingParams
+from jllm.types import EngineRequest, SamplingParams
 
 LONG_TEXT = 2048
 """Characters or tokens from which a prompt is prepared beside the event loop."""
@@ -185,6 +193,8 @@ class AsyncLLM:
         sampling_params: Any = None,
         request_id: str | None = None,
         *,
+        capture: Any = None,
+        edit: Any = None,
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Completes one prompt, with outputs of the kind the parameters ask for.
@@ -195,6 +205,9 @@ class AsyncLLM:
             prompt: See `LLM.generate`.
             sampling_params: None takes the model's defaults.
             request_id: Name for `abort`, unique among open requests.
+            capture: See `LLM.generate`; what is captured comes with the last output.
+            edit: See `LLM.generate`. What is new is compiled beside the engine, which
+                goes on with other requests meanwhile.
             priority: Smaller runs first.
 
         Raises:
@@ -202,7 +215,11 @@ class AsyncLLM:
             EngineStoppedError: The engine has failed or was shut down.
         """
         outputs = await self.submit(
-            prompt, sampling_params, request_id, priority=priority
+            prompt,
+            sampling_params,
+            request_id,
+            probes=make_probes(capture, edit),
+            priority=priority,
         )
         try:
             async for output in outputs:
@@ -216,15 +233,17 @@ class AsyncLLM:
         sampling_params: Any = None,
         request_id: str | None = None,
         *,
+        probes: Probes | None = None,
         priority: int = 0,
         on_first_token: Callable[[], None] | None = None,
     ) -> OutputStream:
         """Queues one prompt; returns once the engine has accepted it.
 
-        Args and errors are those of `generate`, and `on_first_token` is called in the
-        event loop, whatever kind of outputs is asked for. The caller reads the stream
-        to its end or closes it, which ends the request. With `PoolingParams` the one
-        output is an `EmbeddingRequestOutput`.
+        Args and errors are those of `generate`; `probes` is what is captured and
+        edited, and `on_first_token` is called in the event loop, whatever kind of
+        outputs is asked for. The caller reads the stream to its end or closes it, which
+        ends the request. With `PoolingParams` the one output is an
+        `EmbeddingRequestOutput`.
         """
         params = self._default_params if sampling_params is None else sampling_params
         if not isinstance(params, (SamplingParams, PoolingParams)):
@@ -233,8 +252,23 @@ class AsyncLLM:
                 f"embedding, not {params!r}",
                 parameter="sampling_params",
             )
+        if probes is not None and isinstance(params, PoolingParams):
+            raise wrong("probes", probes, "must be None for an embedding")
         if request_id is None:
-            request_id = f"request-{next(self._ids)}"
+            request_id = self._new_id()
+        prepare = partial(self._prepare, request_id, prompt, params, priority, probes)
+        return await self._submit_as(request_id, prepare, on_first_token)
+
+    def _new_id(self) -> str:
+        return f"request-{next(self._ids)}"
+
+    async def _submit_as(
+        self,
+        request_id: str,
+        prepare: Callable[[], Awaitable[PreparedRequest]],
+        on_first_token: Callable[[], None] | None = None,
+    ) -> OutputStream:
+        """Takes an id, prepares the request of that id, and queues it."""
         if request_id in self._open:
             raise InvalidRequestError(
                 f"request_id={request_id!r} is in use", parameter="request_id"
@@ -243,7 +277,7 @@ class AsyncLLM:
         event_loop = asyncio.get_running_loop()
         opened = self._open[request_id] = OpenRequest(event_loop, on_first_token)
         try:
-            prepared = await self._prepare(request_id, prompt, params, priority)
+            prepared = await prepare()
             await self._submit(prepared, opened)
         except BaseException:
             self._end(request_id)
@@ -303,6 +337,33 @@ class AsyncLLM:
         with contextlib.closing(outputs):
             return await anext(outputs)
 
+    async def score(self, prompt: Any, continuations: Any) -> ScoreRequestOutput:
+        """Computes how probable continuations of one prompt are; see `LLM.score`.
+
+        Cancelling the task that waits ends the requests.
+        """
+        ((_, group),) = split_continuations([prompt], [continuations])
+
+        async def one(continuation: Any) -> ScoreOutput:
+            request_id = self._new_id()
+            prepared = await self._encode(
+                self._processor.prepare_scored, request_id, prompt, continuation
+            )
+
+            async def prepare() -> PreparedRequest:
+                return prepared
+
+            outputs = await self._submit_as(request_id, prepare)
+            with contextlib.closing(outputs):
+                found = [output async for output in outputs]
+            return score_output(prepared, found[-1])
+
+        # The others follow once the first has filled the prefix cache.
+        first = await one(group[0])
+        async with asyncio.TaskGroup() as tasks:
+            rest = [tasks.create_task(one(own)) for own in group[1:]]
+        return ScoreRequestOutput([first, *(task.result() for task in rest)])
+
     async def abort(self, request_id: str) -> None:
         """Ends a request; its last output has finish reason "abort"."""
         opened = self._open.get(request_id)
@@ -334,6 +395,7 @@ class AsyncLLM:
         prompt: Any,
         params: SamplingParams | PoolingParams,
         priority: int,
+        probes: Probes | None,
     ) -> PreparedRequest:
         if not self.is_running:
             raise EngineStoppedError(str(self.dead_error or "it was shut down"))
@@ -341,7 +403,7 @@ class AsyncLLM:
         arguments: tuple[Any, ...] = request_id, prompt, params, priority
         if isinstance(params, SamplingParams):
             prepare = self._processor.prepare
-            arguments = *arguments, await self._processor.grammar(params)
+            arguments = *arguments, await self._processor.grammar(params), probes
         if _length(prompt) < LONG_TEXT:
             return prepare(*arguments)
         return await self._encode(prepare, *arguments)
@@ -354,7 +416,28 @@ class AsyncLLM:
         """Hands a request to the engine, and its outputs to whoever opened it."""
         stream = make_stream(prepared, self._processor.tokenizer)
         opened.open(stream, partial(self._loop.abort, stream.request_id))
-        await asyncio.wrap_future(self._loop.add(prepared.request, opened))
+        request = prepared.request
+        if request.probes is not None:
+            await self._compile_for(request)
+        try:
+            await asyncio.wrap_future(self._loop.add(request, opened))
+        except BaseException:
+            if request.probes is not None:
+                self._engine.release(request.request_id)
+            raise
+
+    async def _compile_for(self, request: EngineRequest) -> None:
+        """Compiles what a request captures and edits, in a thread of its own."""
+        compiling = asyncio.ensure_future(
+            asyncio.to_thread(self._engine.prepare, [request])
+        )
+        try:
+            await asyncio.shield(compiling)
+        except asyncio.CancelledError:
+            # The thread goes on to its end.
+            engine, request_id = self._engine, request.request_id
+            compiling.add_done_callback(lambda _: engine.release(request_id))
+            raise
 
 
 def _length(prompt: Any) -> int:

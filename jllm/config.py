@@ -3,10 +3,11 @@
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jllm.errors import ConfigError
+from jllm.processors import make_processors
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "safetensors", "random"]
@@ -150,6 +151,9 @@ class EngineConfig:
         "it must be the user's own; none exports nothing",
     )
     hosts: HostConfig | None = _option(None, "how several hosts share the engine")
+    logits_processors: Sequence[Any] = _option(
+        (), "functions over the scores of every token; in Python only"
+    )
 
     def __post_init__(self) -> None:
         """Checks types and ranges; raises `ConfigError` naming field and bound."""
@@ -194,6 +198,18 @@ class EngineConfig:
         self._check_choice("attention", AttentionImplementation)
         self._check_choice("generation_config", Literal["auto", "vllm"])
         self._check_hosts()
+        self._check_processors()
+
+    def _check_processors(self) -> None:
+        processors = make_processors(self.logits_processors)
+        object.__setattr__(self, "logits_processors", processors)
+        if processors and self.executables is not None:
+            raise ConfigError(
+                "executables cannot be exported with logits_processors: a file cannot "
+                "tell whether a function is still the same"
+            )
+        if processors and self.hosts is not None and self.hosts.num_hosts > 1:
+            raise ConfigError("logits_processors need num_hosts=1")
 
     @property
     def is_follower(self) -> bool:

@@ -1,9 +1,8 @@
 """Offline generation: prompts in, finished outputs out, in the caller's thread."""
 
-import contextlib
 import itertools
-import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,14 +10,12 @@ from typing import Any, Self
 from jllm.config import EngineConfig, make_config, options_of
 from jllm.engine.admission import validate
 from jllm.engine.create import create_engine
-from jllm.engine.garbage import QuietGarbage
-from jllm.engine.interrupts import delayed_interrupts
 from jllm.errors import ConfigError, EngineStoppedError, InvalidRequestError
+from jllm.offline import RequestRunner
 from jllm.outputs import EmbeddingRequestOutput, RequestOutput, ScoreRequestOutput
 from jllm.pooling import Pooling, PoolingParams
+from jllm.probes import Probes, probes_each
 from jllm.text.chat_template import ChatOptions
-from jllm.text.embedding import Stream, make_stream
-from jllm.text.progress import Progress
 from jllm.text.prompts import (
     PreparedRequest,
     Prompt,
@@ -27,9 +24,7 @@ from jllm.text.prompts import (
     split_prompts,
 )
 from jllm.text.scoring import score_output, split_continuations
-from jllm.types import RequestOutputKind, SamplingParams
-
-logger = logging.getLogger("jllm")
+from jllm.types import SamplingParams
 
 
 class LLM:
@@ -53,7 +48,6 @@ class LLM:
         self._config = config = make_config(model, options)
         self._closed = False
         self._ids = itertools.count()
-        self._open: dict[str, Stream] = {}
         self._engine = create_engine(config)
         limits, info = self._engine.limits, self._engine.info
         try:
@@ -65,8 +59,10 @@ class LLM:
             )
             self._default_params = SamplingParams(**info.default_sampling)
         except BaseException:
-            self.close()
+            self._closed = True
+            self._engine.close()
             raise
+        self._runner = RequestRunner(self._engine, self._processor.tokenizer)
 
     @classmethod
     def from_engine_config(cls, config: EngineConfig) -> Self:
@@ -144,6 +140,8 @@ class LLM:
         prompts: Any,
         sampling_params: Any = None,
         *,
+        capture: Any = None,
+        edit: Any = None,
         use_tqdm: bool = True,
         priority: Any = None,
     ) -> list[RequestOutput]:
@@ -155,6 +153,10 @@ class LLM:
                 two with an optional `"cache_salt"`.
             sampling_params: `SamplingParams` for all prompts, or a list with one for
                 each; None takes the model's defaults.
+            capture: Names, or patterns of names, of activations that come with the
+                outputs; or a list with such a tuple, or None, for each prompt.
+            edit: What changes which activation: a mapping from names to `jllm.Edit` or
+                to functions; or a list with such a mapping, or None, for each prompt.
             use_tqdm: Whether a progress bar is shown.
             priority: An integer for all, or one for each; smaller runs first.
 
@@ -165,14 +167,17 @@ class LLM:
             InvalidRequestError: A prompt or parameter is wrong; says which prompt.
         """
         items = split_prompts(prompts)
-        prepared = self._prepare(items, sampling_params, priority)
-        return self._run(prepared, use_tqdm=use_tqdm)
+        probes = probes_each(capture, edit, len(items))
+        prepared = self._prepare(items, sampling_params, priority, probes)
+        return self._runner.run(prepared, use_tqdm=use_tqdm)
 
     def chat(
         self,
         messages: Any,
         sampling_params: Any = None,
         *,
+        capture: Any = None,
+        edit: Any = None,
         use_tqdm: bool = True,
         priority: Any = None,
         **chat_options: Any,
@@ -183,6 +188,8 @@ class LLM:
             messages: One conversation or a list of them. A conversation is a list of
                 `{"role": str, "content": str}`.
             sampling_params: As in `generate`.
+            capture: As in `generate`.
+            edit: As in `generate`.
             use_tqdm: Whether a progress bar is shown.
             priority: As in `generate`.
             **chat_options: `chat_template` (Jinja source), `add_generation_prompt`,
@@ -195,8 +202,14 @@ class LLM:
         many = is_list and all(isinstance(item, (list, tuple)) for item in messages)
         conversations = list(messages) if many else [messages]
         prompts = [self.chat_prompt(item, **chat_options) for item in conversations]
-        prepared = self._prepare(prompts, sampling_params, priority)
-        return self._run(prepared, use_tqdm=use_tqdm)
+        return self.generate(
+            prompts,
+            sampling_params,
+            capture=capture,
+            edit=edit,
+            use_tqdm=use_tqdm,
+            priority=priority,
+        )
 
     def embed(
         self,
@@ -237,7 +250,7 @@ class LLM:
             self._prepare_one(f"prompt {i}", prepare, item, params, priorities[i])
             for i, item in enumerate(items)
         ]
-        return self._run(prepared, use_tqdm=use_tqdm)
+        return self._runner.run(prepared, use_tqdm=use_tqdm)
 
     def score(
         self, prompts: Any, continuations: Any, *, use_tqdm: bool = True
@@ -272,7 +285,7 @@ class LLM:
         # The others follow once the first has filled the prefix cache.
         followers = {group[0].request.request_id: group[1:] for group in groups}
         firsts = [group[0] for group in groups]
-        outputs = self._run(firsts, use_tqdm=use_tqdm, followers=followers)
+        outputs = self._runner.run(firsts, use_tqdm=use_tqdm, followers=followers)
         found = {output.request_id: output for output in outputs}
         return [
             ScoreRequestOutput(
@@ -298,13 +311,13 @@ class LLM:
             InvalidRequestError: The prompt or a parameter is wrong.
         """
         (prepared,) = self._prepare([prompt], sampling_params, None)
-        return self._stream(prepared)
+        return self._runner.stream(prepared)
 
     def close(self) -> None:
         """Ends open requests and frees the device; may be called again."""
         if not self._closed:
             self._closed = True
-            self._open.clear()
+            self._runner.close()
             self._engine.close()
 
     def __enter__(self) -> Self:
@@ -319,16 +332,26 @@ class LLM:
         self.close()
 
     def _prepare(
-        self, prompts: Sequence[Any], sampling_params: Any, priority: Any
+        self,
+        prompts: Sequence[Any],
+        sampling_params: Any,
+        priority: Any,
+        probes: Sequence[Probes | None] | None = None,
     ) -> list[PreparedRequest]:
         """Checks everything that can be wrong; queues nothing."""
         params = one_each(
             "sampling_params", sampling_params, self._default_params, len(prompts)
         )
         priorities = one_each("priority", priority, 0, len(prompts))
-        prepare = self._processor.prepare
+        probes = probes or [None] * len(prompts)
         return [
-            self._prepare_one(f"prompt {i}", prepare, prompt, params[i], priorities[i])
+            self._prepare_one(
+                f"prompt {i}",
+                partial(self._processor.prepare, probes=probes[i]),
+                prompt,
+                params[i],
+                priorities[i],
+            )
             for i, prompt in enumerate(prompts)
         ]
 
@@ -344,105 +367,3 @@ class LLM:
             message = f"{name}: {error}"
             raise type(error)(message, parameter=error.parameter) from error
         return item
-
-    def _run(
-        self,
-        prepared: Sequence[PreparedRequest],
-        *,
-        use_tqdm: bool,
-        followers: Mapping[str, Sequence[PreparedRequest]] | None = None,
-    ) -> list[Any]:
-        """Runs requests to their end, and others once those they follow have ended."""
-        followers = followers or {}
-        total = len(prepared) + sum(map(len, followers.values()))
-        progress = Progress(total, is_shown=use_tqdm)
-        kind = RequestOutputKind.FINAL_ONLY
-        with (
-            QuietGarbage(freeze=False) as garbage,
-            self._serve(prepared, kind) as streams,
-            progress,
-        ):
-            for stream in streams:
-                while not stream.finished:
-                    ended = self._step()
-                    progress.update(ended)
-                    garbage.note_step()
-                    for item in ended:
-                        for follower in followers.get(item.request_id, ()):
-                            self._queue(follower, kind, streams)
-        outputs = [stream.take() for stream in streams]
-        return [output for output in outputs if output is not None]
-
-    def _stream(self, prepared: PreparedRequest) -> Iterator[Any]:
-        with self._serve([prepared], None) as (stream,):
-            finished = False
-            while not finished:
-                # Another stream's step may have brought something for this one.
-                output = stream.take()
-                if output is None:
-                    self._step()
-                else:
-                    finished = output.finished
-                    yield output
-
-    @contextlib.contextmanager
-    def _serve(
-        self, prepared: Sequence[PreparedRequest], kind: RequestOutputKind | None
-    ) -> Generator[list[Stream]]:
-        """Queues requests; whatever is left of them in the end is aborted."""
-        streams: list[Stream] = []
-        try:
-            for item in prepared:
-                self._queue(item, kind, streams)
-            yield streams
-        finally:
-            for stream in streams:
-                if self._open.pop(stream.request_id, None) is not None:
-                    self._engine.abort(stream.request_id)
-
-    def _queue(
-        self,
-        prepared: PreparedRequest,
-        kind: RequestOutputKind | None,
-        streams: list[Stream],
-    ) -> None:
-        stream = make_stream(prepared, self._processor.tokenizer, kind)
-        self._engine.add(prepared.request)
-        self._open[stream.request_id] = stream
-        streams.append(stream)
-
-    def _step(self) -> list[Stream]:
-        """Runs a step for all open streams; returns those that ended."""
-        if not self._engine.has_unfinished:
-            raise EngineStoppedError("the LLM was closed, or the engine has failed")
-        with delayed_interrupts():
-            outputs = self._engine.step()
-        ended: list[Stream] = []
-        for (request_id, index), token_id in zip(
-            outputs.keys, outputs.token_ids, strict=True
-        ):
-            stream = self._open.get(request_id)
-            if stream is not None and stream.push_token(index, token_id):
-                self._end_sequence(stream, index)
-                self._note_end(stream, ended)
-        for output in outputs.others:
-            stream = self._open.get(output.request_id)
-            if stream is None:
-                continue
-            if stream.push(output):
-                self._end_sequence(stream, output.index)
-            self._note_end(stream, ended)
-        return ended
-
-    def _end_sequence(self, stream: Stream, index: int) -> None:
-        """Has the engine end a sequence whose text has met a stop string."""
-        if stream.finished:
-            self._engine.abort(stream.request_id)
-        else:
-            self._engine.abort_sequence(stream.request_id, index)
-
-    def _note_end(self, stream: Stream, ended: list[Stream]) -> None:
-        if stream.finished:
-            ended.append(self._open.pop(stream.request_id))
-            if stream.error is not None:
-                logger.warning("prompt %s: %s", stream.request_id, stream.error)

@@ -34,6 +34,11 @@ class CompletionOutput:
         logprobs: Per token, id to `Logprob`.
         finish_reason: None while it runs.
         stop_reason: The stop string or stop token id that ended it.
+        activations: What was asked for with `capture`, once it has ended: by name a
+            numpy array `[tokens, …]` for the prompt and the generated tokens but the
+            last, which was sampled and not computed. Attention weights are `[tokens,
+            heads, tokens]`, zero after the token's own position. None where nothing was
+            asked for.
     """
 
     index: int
@@ -43,6 +48,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    activations: dict[str, Any] | None = None
 
     def finished(self) -> bool:
         """Whether the sequence has ended."""

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 from jllm.checks import boolean, id_list, integer, number, string_list, wrong
 from jllm.pooling import PoolingParams
+from jllm.probes import Probes
 from jllm.structured_outputs import StructuredOutputsParams, make_structured_outputs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -75,6 +76,8 @@ class SamplingParams:
         reasoning_parser: Name of the form of the model's reasoning, behind which
             `structured_outputs` begin; None where the output has none.
         thinking_token_budget: Most tokens of reasoning; None or -1 is any number.
+        extra_args: Arguments of the engine's logits processors by name: arrays, or what
+            numpy makes arrays of, with the shapes and types of their defaults.
     """
 
     n: int = 1
@@ -106,6 +109,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     reasoning_parser: str | None = None
     thinking_token_budget: int | None = None
+    extra_args: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Checks every range and normalises; see `InvalidRequestError`."""
@@ -125,6 +129,8 @@ class SamplingParams:
         self._set(structured_outputs=structured)
         if self.thinking_token_budget is not None:
             integer("thinking_token_budget", self.thinking_token_budget, -1)
+        if self.extra_args is not None and not isinstance(self.extra_args, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise wrong("extra_args", self.extra_args, "must map names to arrays")
         if self.stop and not self.detokenize:
             raise wrong("stop", self.stop, "needs detokenize=True")
         if self.is_greedy:
@@ -273,6 +279,8 @@ class TokenOutput:
             monotonic clock; at least with its first token.
         pooled: What the hidden states of a pooled prompt were reduced to, a numpy array
             f64[E], in its only output.
+        activations: What has been captured since the last output: mappings from name
+            to numpy array `[tokens, …]`, of consecutive tokens each.
     """
 
     request_id: str
@@ -287,6 +295,7 @@ class TokenOutput:
     is_complete: bool = False
     scheduled_time: float | None = None
     pooled: Any = None
+    activations: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -337,6 +346,7 @@ class EngineRequest:
             generates nothing.
         prompt_logprobs_start: First position of the prompt with prompt logprobs; what
             lies before may come from the prefix cache.
+        probes: What is captured and edited of its activations.
     """
 
     request_id: str
@@ -350,3 +360,4 @@ class EngineRequest:
     thinking: Any = None
     pooling: PoolingParams | None = None
     prompt_logprobs_start: int = 1
+    probes: Probes | None = None

@@ -43,7 +43,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="config.json, or its folder: random weights of that shape, no tokenizer",
     )
     add_flags(
-        group, EngineConfig, leave_out=("model",), renamed={"seed": "engine-seed"}
+        group,
+        EngineConfig,
+        leave_out=("model", "logits_processors"),
+        renamed={"seed": "engine-seed"},
     )
 
 

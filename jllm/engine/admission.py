@@ -1,14 +1,16 @@
 """From a request to the sequences that are scheduled; refuses what cannot be run."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from jllm.checks import integer
 from jllm.engine.pooling import PooledPrompt
+from jllm.engine.probes import ProbedJob, make_probed, resolve
 from jllm.errors import ContextTooLongError, InvalidRequestError
 from jllm.pooling import PoolingParams
+from jllm.processors import check_arguments
 from jllm.sampling.grammar import Matcher
 from jllm.sampling.rules import RowRules, RuleLayout, pack_rules
 from jllm.sampling.thinking import ThinkingMatcher
@@ -26,6 +28,9 @@ class Limits:
         max_logprobs: Most log-probabilities per token.
         eos_token_ids: Tokens that end the output of this model.
         width: Length of its hidden states.
+        activations: Names of what can be captured and edited.
+        extra_args: Arguments of the logits processors, with their defaults.
+        has_processors: Whether there are any, so that all tokens are theirs.
     """
 
     vocab_size: int
@@ -33,6 +38,11 @@ class Limits:
     max_logprobs: int
     eos_token_ids: tuple[int, ...]
     width: int
+    activations: tuple[str, ...] = ()
+    extra_args: Mapping[str, np.ndarray] = dataclasses.field(
+        default_factory=dict[str, np.ndarray]
+    )
+    has_processors: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -51,6 +61,8 @@ class Job:
         failure: Why that grammar cannot go on.
         scheduled_time: When its first step was launched, on the monotonic clock.
         pooled: Sums of its hidden states, where it is pooled and generates nothing.
+        probed: What is captured and edited of its activations, None for nothing.
+        extra_args: Its arguments of the logits processors, in their order.
     """
 
     request: EngineRequest
@@ -64,6 +76,8 @@ class Job:
     failure: str | None = None
     scheduled_time: float | None = None
     pooled: PooledPrompt | None = None
+    probed: ProbedJob | None = None
+    extra_args: tuple[np.ndarray, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -103,6 +117,14 @@ def validate(request: EngineRequest, limits: Limits) -> None:
             "structured_outputs must have been compiled to a grammar",
             parameter="structured_outputs",
         )
+    if request.probes is not None:
+        resolve(request.probes, limits.activations)
+    check_arguments(params.extra_args, limits.extra_args)
+    _check_logprobs(request, limits)
+
+
+def _check_logprobs(request: EngineRequest, limits: Limits) -> None:
+    prompt, params = request.prompt_token_ids, request.params
     start, last = request.prompt_logprobs_start, len(prompt) - 1
     if start != 1:
         integer("prompt_logprobs_start", start, 1, last)
@@ -167,8 +189,10 @@ def make_sequences(
     eos = () if params.ignore_eos else (*limits.eos_token_ids, *request.eos_token_ids)
     stop_ids = tuple(dict.fromkeys((*(params.stop_token_ids or ()), *eos)))
     rules = None
-    if needs_sampler(request, stop_ids):
+    if limits.has_processors or needs_sampler(request, stop_ids):
         rules = pack_rules(rule_layout, _row_rules(request, stop_ids))
+    given = check_arguments(params.extra_args, limits.extra_args)
+    extra_args = tuple(given.values())
     sequences: list[Request] = []
     for index in range(params.n):
         job = Job(
@@ -179,7 +203,10 @@ def make_sequences(
             rules=rules,
             matcher=_matcher(request, limits, rule_layout),
             pooled=pooled,
+            extra_args=extra_args,
         )
+        if request.probes is not None:
+            job.probed = make_probed(request.probes, limits.activations)
         wants_prompt = params.prompt_logprobs is not None and index == 0
         if wants_prompt:
             nothing: list[TokenLogprobs | None] = [None]
@@ -197,16 +224,31 @@ def make_sequences(
                 priority=request.priority,
                 arrival=arrival,
                 cache_salt=request.cache_salt,
-                max_cached_tokens=_max_cached(request) if index == 0 else None,
-                fork_of=sequences[0] if index else None,
+                # What an edit has changed is of no use to others.
+                adapter=f"edited-{first_id}" if _is_edited(request) else None,
+                max_cached_tokens=_max_cached(request, index),
+                fork_of=sequences[0] if index and not _captures(request) else None,
                 payload=job,
             )
         )
     return sequences
 
 
-def _max_cached(request: EngineRequest) -> int | None:
-    """Tokens whose hidden states are not needed; None for all."""
+def _is_edited(request: EngineRequest) -> bool:
+    return request.probes is not None and bool(request.probes.edit)
+
+
+def _captures(request: EngineRequest) -> bool:
+    """Whether every token has to be computed for each of its sequences."""
+    return request.probes is not None and bool(request.probes.capture)
+
+
+def _max_cached(request: EngineRequest, index: int) -> int | None:
+    """Tokens whose hidden states a sequence does not need; None for all."""
+    if _captures(request):
+        return 0
+    if index:
+        return None
     if request.pooling is not None and not request.pooling.reads_prefix_cache():
         return 0
     if request.params.prompt_logprobs is None:

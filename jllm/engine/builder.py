@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, Sharding
 from jllm.engine.executables import Executable
 from jllm.engine.pipeline import decode_tick, prefill_tick
 from jllm.engine.pooling import pool_step
+from jllm.engine.probed_steps import GroupInput, ProbeSet, probed_step
 from jllm.engine.programs import ProgramOptions, describe, describe_state
 from jllm.engine.state import EngineState
 from jllm.engine.steps import (
@@ -26,6 +27,7 @@ from jllm.engine.steps import (
 from jllm.layers.kernels import collect_fallbacks
 from jllm.models.base import Model, Weights
 from jllm.models.pipeline import PipelinedDecoder
+from jllm.processors import argument_defaults
 from jllm.sampling.rules import RuleLayout
 from jllm.sampling.sampler import SamplerOptions
 from jllm.sampling.transforms import ThresholdSearch
@@ -130,6 +132,27 @@ class ProgramBuilder:
         vector = self._array((layout.size,), jnp.int32)
         return self._compile(step, (self._weights, self._state, vector), state_at=1)
 
+    def probed(self, kind: str, size: int, probes: ProbeSet) -> Executable:
+        """The same with activations that are captured or edited."""
+        layout = self._options.layout(kind, size)
+        method = self._options.draw_method
+        step = partial(probed_step, self._model, layout, method, probes)
+        rows = self._options.table_rows
+        groups = tuple(
+            GroupInput(
+                self._array((rows, len(group), 2), jnp.int32),
+                tuple(
+                    self._array((rows, *point.shape), point.dtype)
+                    for point in group
+                    if point.shape is not None
+                ),
+            )
+            for group in probes.groups
+        )
+        vector = self._array((layout.size,), jnp.int32)
+        arguments = (self._weights, self._state, vector, groups)
+        return self._compile(step, arguments, state_at=1)
+
     def sampler(self, num_rows: int) -> Executable:
         """The second program of a step of `num_rows` rows with sampling rules."""
         step = partial(sampler_step, self._sampler_options)
@@ -171,7 +194,13 @@ class ProgramBuilder:
         # Kernels do not know of devices that share the vocabulary.
         implementation = "auto" if of_model.mesh is None else "reference"
         search = ThresholdSearch(implementation, of_model.target)
-        return SamplerOptions(options.num_logprobs, options.draw_method, search)
+        return SamplerOptions(
+            num_logprobs=options.num_logprobs,
+            method=options.draw_method,
+            search=search,
+            processors=options.processors,
+            vocab_size=self._model.vocab_size,
+        )
 
     def logits(self, num_rows: int) -> jax.ShapeDtypeStruct:
         """Description of the logits that a step of `num_rows` rows leaves."""
@@ -195,6 +224,10 @@ class ProgramBuilder:
         return SamplerInput(
             rules=self._array((options.table_rows, options.rule_size), jnp.int32),
             allowed=self._array((num_rows, words), jnp.int32),
+            arguments=tuple(
+                self._array((options.table_rows, *value.shape), value.dtype)
+                for value in argument_defaults(options.processors).values()
+            ),
         )
 
     @property

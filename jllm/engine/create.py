@@ -30,6 +30,8 @@ from jllm.models.base import Model, ModelOptions, Weights
 from jllm.models.hf_config import read_integer
 from jllm.models.pipeline import pipelined
 from jllm.models.registry import build_model
+from jllm.processors import argument_defaults
+from jllm.sampling.processors import check_processors
 from jllm.sampling.rules import RuleLayout
 from jllm.scheduler.scheduler import Scheduler
 from jllm.weights.digest import checkpoint_digests
@@ -162,6 +164,7 @@ def plan_replica(
     device = mesh.local_devices[0]
     vocab_size = read_integer(files.config, "vocab_size")
     resolved = resolve_options(config, files.config, device.platform, vocab_size)
+    check_processors(resolved.processors, vocab_size)
     capacity = device_capacity(mesh)
     if leader is not None:
         capacity = leader.least_capacity(capacity)
@@ -274,6 +277,9 @@ def _assemble(plan: StartPlan, compiling: Compiling, weights: Weights) -> Engine
         max_logprobs=resolved.max_logprobs,
         eos_token_ids=eos_token_ids(plan.files),
         width=model.width,
+        activations=_activations(plan),
+        extra_args=argument_defaults(resolved.processors),
+        has_processors=bool(resolved.processors),
     )
     return Engine(
         EngineParts(
@@ -293,6 +299,12 @@ def make_executor(plan: StartPlan, programs: Programs, weights: Weights) -> Exec
     """Puts together what runs the programs; makes the device state."""
     words = RuleLayout(plan.model.padded_vocab_size).sizes["allowed"]
     return Executor(weights, programs, plan.place, words, plan.leader)
+
+
+def _activations(plan: StartPlan) -> tuple[str, ...]:
+    """What can be captured and edited while serving: in one program of one host."""
+    several = plan.leader is not None or plan.config.pipeline_parallel_size > 1
+    return () if several else plan.model.activations
 
 
 def default_sampling(config: EngineConfig, files: CheckpointFiles) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from jllm.engine.admission import Job, Limits, make_sequences, validate
+from jllm.engine.arguments import ArgumentTables
+from jllm.engine.builder import ProgramBuilder
 from jllm.engine.executor import Executor
 from jllm.engine.grammars import pack_masks, push_tokens, wants_grammars
 from jllm.engine.inputs import InputLayout, pack
@@ -20,6 +22,7 @@ from jllm.engine.logprobs import (
 )
 from jllm.engine.memory import group_block_bytes
 from jllm.engine.pooling import add_sums, claim_segments, pool_owners
+from jllm.engine.probing import Probing
 from jllm.engine.programs import ProgramOptions, Programs
 from jllm.engine.results import InFlight, step_outputs
 from jllm.engine.stages import Stages
@@ -94,7 +97,18 @@ class Engine:
         self._rule_layout = RuleLayout(parts.model.padded_vocab_size)
         self._neutral_rules = pack_rules(self._rule_layout, RowRules())
         self._rules = np.tile(self._neutral_rules, (parts.options.table_rows, 1))
+        self._arguments = ArgumentTables(
+            parts.limits.extra_args, parts.options.table_rows, self._executor.upload
+        )
         self._result_layout = ResultLayout(parts.options.num_logprobs)
+        self._probing = Probing(
+            lambda: ProgramBuilder(
+                parts.model, parts.options, self.weights, self._executor.place
+            ),
+            parts.options,
+            parts.limits.activations,
+            self._executor.upload,
+        )
 
     @property
     def limits(self) -> Limits:
@@ -141,8 +155,16 @@ class Engine:
         is_busy = self._in_flight is not None or self._stages.are_busy
         return is_busy or self._scheduler.has_unfinished
 
+    def prepare(self, requests: Sequence[EngineRequest]) -> None:
+        """Compiles for requests that capture or edit, from any thread, before `add`."""
+        self._probing.prepare(requests)
+
+    def release(self, request_id: str) -> None:
+        """Forgets a prepared request that will not be added, from any thread."""
+        self._probing.release(request_id)
+
     def add(self, request: EngineRequest) -> None:
-        """Queues a request.
+        """Queues a request; a probed one that was not prepared is compiled for.
 
         Raises:
             InvalidRequestError: A field is wrong, or the id is in use.
@@ -153,6 +175,7 @@ class Engine:
                 f"request_id={request.request_id!r} is in use", parameter="request_id"
             )
         validate(request, self._parts.limits)
+        self._probing.prepare([request])
         seed = request.params.seed
         if seed is None:
             seed = int(self._seeds.integers(2**63))
@@ -173,6 +196,7 @@ class Engine:
         """Ends a request and frees its blocks; unknown ids are ignored."""
         self._scheduler.abort(request_id)
         self._open.pop(request_id, None)
+        self._probing.release(request_id)
 
     def abort_sequence(self, request_id: str, index: int) -> None:
         """Ends one of the sequences of a request, the others go on."""
@@ -257,7 +281,10 @@ class Engine:
         plan, jobs = stages.oldest
         wants_prompt = wants_prompt_logprobs(plan, jobs)
         has_logprobs = wants_prompt or wants_sampler(plan, jobs)
-        if wants_prompt:
+        probed = self._probing.program(plan, jobs)
+        if probed:
+            layout, program = probed
+        elif wants_prompt:
             layout, program = programs.largest_prefill()
         else:
             layout, program = programs.step(
@@ -269,7 +296,7 @@ class Engine:
         vector = pack(entering, layout, self._start_fields)
         packed = self._executor.step(layout, program, vector)
         flight = InFlight(plan, jobs, packed, has_logprobs, has_logprobs, layout)
-        flight = self._pool(flight)
+        flight = self._probing.capture(self._pool(flight), self._executor.captured)
         if not has_logprobs:
             packed.copy_to_host_async()
         elif not wants_grammars(plan, jobs):
@@ -298,14 +325,19 @@ class Engine:
         """Dispatches the second program of a step, with rules and grammars."""
         plan, jobs, num_rows = flight.plan, flight.jobs, flight.layout.num_rows
         self._place_rules(plan, jobs)
+        arguments = self._arguments.place(
+            plan.table_rows, [job.extra_args for job in jobs]
+        )
         masks = self._masks(flight)
         of_prompt = None
         if wants_prompt_logprobs(plan, jobs):
             targets = next_tokens(plan, jobs, flight.layout.num_tokens)
-            packed, of_prompt = self._executor.sample_prompt(num_rows, targets, masks)
+            packed, of_prompt = self._executor.sample_prompt(
+                num_rows, targets, masks, arguments
+            )
             of_prompt.copy_to_host_async()
         else:
-            packed = self._executor.sample(num_rows, masks)
+            packed = self._executor.sample(num_rows, masks, arguments)
         packed.copy_to_host_async()
         return dataclasses.replace(
             flight, packed=packed, prompt_packed=of_prompt, is_unsampled=False
@@ -344,6 +376,8 @@ class Engine:
         if flight.sums is not None:
             add_sums(flight.segments, np.asarray(flight.sums))
             self.metrics.device_to_host_copies += 1
+        if flight.captures is not None:
+            self.metrics.device_to_host_copies += flight.captures.file()
         results = packed[: flight.plan.num_rows]
         tokens = results[:, 0].tolist()
         failed = np.flatnonzero(results[:, 1] & FINITE == 0).tolist()
@@ -401,3 +435,4 @@ class Engine:
         sequences = self._open.get(request_id)
         if sequences and all(sequence.finish_reason for sequence in sequences):
             del self._open[request_id]
+            self._probing.release(request_id)

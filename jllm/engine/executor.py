@@ -4,7 +4,8 @@ On many hosts each has an executor of its own. The first host's tells the others
 call before it makes it, so that all of them run the same programs in the same order.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -93,36 +94,57 @@ class Executor:
         """
         self._send("pool", num_tokens, owners)
         program = self.programs.pool(num_tokens)
-        return self._launched(program(self._step_result.hidden, self._upload(owners)))
+        return self._launched(program(self._step_result.hidden, self.upload(owners)))
 
     def place_rules(self, rules: np.ndarray) -> None:
         """Replaces the table of sampling rules; the array must not change later."""
         self._send(RULES, 0, rules)
-        self._rules = self._upload(rules)
+        self._rules = self.upload(rules)
+
+    @property
+    def place(self) -> NamedSharding:
+        """Where inputs and small results live."""
+        return self._place
 
     @property
     def has_rules(self) -> bool:
         """Whether there is a table of sampling rules."""
         return self._rules is not None
 
-    def sample(self, num_rows: int, masks: np.ndarray | None) -> jax.Array:
+    @property
+    def captured(self) -> Mapping[str, jax.Array]:
+        """Activations that the newest step captured, [T, ...] each, by name."""
+        return self._step_result.captured
+
+    def sample(
+        self,
+        num_rows: int,
+        masks: np.ndarray | None,
+        arguments: tuple[jax.Array, ...] = (),
+    ) -> jax.Array:
         """Dispatches the sampler program on the step's logits.
 
         Args:
             num_rows: Rows of the step's program.
             masks: What each row may sample, as bit sets; None is anything.
+            arguments: Those of the logits processors, uploaded before.
 
         Returns:
             The packed results that replace the step's own.
         """
         self._send("sampler", num_rows, masks)
-        step, inputs = self._step_result, self._sampler_input(num_rows, masks)
+        step = self._step_result
+        inputs = self._sampler_input(num_rows, masks, arguments)
         program = self.programs.sampler(num_rows)
         self.state, packed = program(self.state, step.logits, step.sampled_rows, inputs)
         return self._launched(packed)
 
     def sample_prompt(
-        self, num_rows: int, targets: np.ndarray, masks: np.ndarray | None
+        self,
+        num_rows: int,
+        targets: np.ndarray,
+        masks: np.ndarray | None,
+        arguments: tuple[jax.Array, ...] = (),
     ) -> tuple[jax.Array, jax.Array]:
         """Dispatches the sampler program that scores the prompt's tokens too.
 
@@ -130,14 +152,16 @@ class Executor:
             num_rows: Rows of the step's program, the largest prefill.
             targets: The token that follows each of the step's.
             masks: As in `sample`.
+            arguments: The same.
 
         Returns:
             The packed results of the rows, and of the tokens.
         """
         self._send("prompt_logprobs", num_rows, targets, masks)
-        inputs = self._sampler_input(num_rows, masks)
+        step = dataclasses.replace(self._step_result, captured={})
+        inputs = self._sampler_input(num_rows, masks, arguments)
         self.state, (packed, of_prompt) = self.programs.prompt_logprobs()(
-            self.weights, self.state, self._step_result, self._upload(targets), inputs
+            self.weights, self.state, step, self.upload(targets), inputs
         )
         return self._launched(packed), of_prompt
 
@@ -190,18 +214,24 @@ class Executor:
             self._peers.note_launched(result)
         return result
 
-    def _sampler_input(self, num_rows: int, masks: np.ndarray | None) -> SamplerInput:
+    def _sampler_input(
+        self,
+        num_rows: int,
+        masks: np.ndarray | None,
+        arguments: tuple[jax.Array, ...],
+    ) -> SamplerInput:
         """Rules and masks; without masks, an array made once."""
         if masks is not None:
-            allowed = self._upload(masks)
+            allowed = self.upload(masks)
         else:
             if num_rows not in self._no_masks:
                 ones = np.full((num_rows, self._mask_words), -1, np.int32)
                 self._no_masks[num_rows] = put(ones, self._place)
             allowed = self._no_masks[num_rows]
-        return SamplerInput(self._rules, allowed)
+        return SamplerInput(self._rules, allowed, arguments)
 
-    def _upload(self, array: np.ndarray) -> jax.Array:
+    def upload(self, array: np.ndarray) -> jax.Array:
+        """Copies an array to where inputs live."""
         self.metrics.host_to_device_copies += 1
         return put(array, self._place)
 

@@ -11,6 +11,7 @@ from jllm.engine.memory import default_utilization
 from jllm.engine.programs import ProgramSizes, choose_sizes
 from jllm.errors import ConfigError
 from jllm.models.hf_config import longest_context
+from jllm.processors import LogitsProcessor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Resolved:
         utilization: Share of the device's memory.
         max_logprobs: Most log-probabilities per token.
         sizes: The buckets.
+        processors: Functions of the user over the scores.
     """
 
     dtype: str
@@ -38,6 +40,7 @@ class Resolved:
     utilization: float
     max_logprobs: int
     sizes: ProgramSizes
+    processors: tuple[LogitsProcessor, ...] = ()
 
 
 def resolve_options(
@@ -90,6 +93,7 @@ def resolve_options(
         ),
         max_logprobs=min(max_logprobs, vocab_size),
         sizes=choose_sizes(platform, max_num_seqs, token_budget),
+        processors=tuple(config.logits_processors),
     )
 
 

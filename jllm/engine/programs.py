@@ -25,6 +25,7 @@ from jllm.layers.attention import KV_HEADS
 from jllm.layers.kernels import Fallback, TileLayout
 from jllm.models.base import Model
 from jllm.models.pipeline import STAGED_KV, PipelinedDecoder
+from jllm.processors import LogitsProcessor
 from jllm.sampling.draws import DrawMethod
 from jllm.sampling.logprobs import PROMPT_CHUNK
 
@@ -77,6 +78,7 @@ class ProgramOptions:
         branches: Whether a program may choose at run time what it computes, as the CPU
             can; on a GPU the host would have to be asked.
         window_pools: The pool of each cache group with a window.
+        processors: Functions of the user in the sampler programs.
     """
 
     sizes: ProgramSizes
@@ -91,6 +93,8 @@ class ProgramOptions:
     tiles: TileLayout | None
     branches: bool
     window_pools: tuple[WindowPool, ...] = ()
+    # Not told by what they print as, which differs from process to process.
+    processors: tuple[LogitsProcessor, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def table_rows(self) -> int:

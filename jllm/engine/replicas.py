@@ -22,6 +22,7 @@ class Replicas:
         """Takes over engines of the same model, at least one."""
         self._engines = list(engines)
         self._owner: dict[str, Engine] = {}
+        self._prepared: dict[str, Engine] = {}
         pool = self._engines[0].scheduler.config
         cached = pool.num_blocks if pool.enable_prefix_caching else 0
         self._router = ReplicaRouter(len(self._engines), pool.block_size, cached)
@@ -46,10 +47,25 @@ class Replicas:
         """Whether a step would do anything."""
         return any(engine.has_unfinished for engine in self._engines)
 
+    def prepare(self, requests: Sequence[EngineRequest]) -> None:
+        """Shares requests that capture or edit out; see `Engine.prepare`."""
+        shares = [requests[i :: len(self._engines)] for i in range(len(self._engines))]
+        for engine, share in zip(self._engines, shares, strict=True):
+            engine.prepare(share)
+            self._prepared |= {request.request_id: engine for request in share}
+
+    def release(self, request_id: str) -> None:
+        """Forgets a prepared request that will not be added."""
+        owner = self._prepared.pop(request_id, None)
+        if owner is not None:
+            owner.release(request_id)
+
     def add(self, request: EngineRequest) -> None:
         """Queues a request; see `Engine.add`."""
         owner = self._owner.get(request.request_id)
         if owner is None or not owner.is_open(request.request_id):
+            owner = self._prepared.pop(request.request_id, None)
+        if owner is None:
             loads = [engine.num_open for engine in self._engines]
             prompt, salt = request.prompt_token_ids, request.cache_salt
             owner = self._engines[self._router.route(prompt, loads, salt)]

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jllm.engine.admission import Job
+from jllm.engine.capture import Captures
 from jllm.engine.inputs import InputLayout
 from jllm.engine.logprobs import token_logprobs
 from jllm.engine.pooling import PoolSegment
@@ -32,6 +33,7 @@ class InFlight:
         prompt_packed: Prompt log-probabilities of all tokens of the step.
         segments: Its tokens whose hidden states are summed.
         sums: Their sums, f32[S, E].
+        captures: The activations that it captures, None in most steps.
     """
 
     plan: StepPlan
@@ -43,6 +45,7 @@ class InFlight:
     prompt_packed: jax.Array | None = None
     segments: Sequence[PoolSegment] = ()
     sums: jax.Array | None = None
+    captures: Captures | None = None
 
 
 def step_outputs(
@@ -56,7 +59,7 @@ def step_outputs(
         packed: Its result.
         layout: Where each value lies in a row of it that has log-probabilities.
     """
-    if flight.has_logprobs:
+    if flight.has_logprobs or flight.captures is not None:
         others = updates.one_by_one()
         return StepOutputs(
             others=[_full_output(update, flight, packed, layout) for update in others]
@@ -87,6 +90,7 @@ def _full_output(
     prompt = None
     if job.prompt_logprobs is not None and sequence.num_output_tokens <= 1:
         prompt = tuple(entry for entry in job.prompt_logprobs if entry)
+    captured = job.probed.captured if job.probed else None
     failed = update.finish_reason == "error"
     stop_reason = sequence.stop_reason
     if stop_reason not in (params.stop_token_ids or ()):
@@ -103,6 +107,7 @@ def _full_output(
         error=(job.failure or NOT_FINITE) if failed else None,
         is_complete=update.finish_reason == "stop" and job.is_complete,
         scheduled_time=job.scheduled_time,
+        activations=() if captured is None else captured.take(),
     )
 
 

@@ -296,6 +296,7 @@ def program_options(
             WindowPool(share.window, share.num_blocks(num_blocks))
             for share in window_shares(resolved, model)
         ),
+        processors=resolved.processors,
     )
 
 

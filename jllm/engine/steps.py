@@ -5,7 +5,7 @@ return the whole device state, which is donated: every leaf keeps its address.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -28,12 +28,15 @@ from jllm.engine.inputs import (
     split_vector,
 )
 from jllm.engine.state import EngineState, Leaf, RowField, RowTable
-from jllm.models.base import Batch, Model, Weights
+from jllm.models.base import Batch, KVCache, Model, Weights
 from jllm.sampling.draws import DrawMethod
 from jllm.sampling.logprobs import FINITE, prompt_logprobs
 from jllm.sampling.rows import SamplingRows, TokenHistory
 from jllm.sampling.rules import RuleLayout, restrict
 from jllm.sampling.sampler import SamplerOptions, draw, sample
+
+Forward = Callable[[Weights, KVCache, Batch], tuple[Array, KVCache]]
+"""What computes hidden states in a step: the model's own function, or a probed one."""
 
 
 @jax.tree_util.register_dataclass
@@ -46,12 +49,14 @@ class StepResult:
         logits: Scores from which the token was drawn, for the sampler program.
         sampled_rows: Row of the table that sampled; past the table where none did.
         hidden: Hidden states of all tokens, for prompt log-probabilities.
+        captured: Activations of all tokens by name; none but in a probed step.
     """
 
     packed: Leaf  # i32[S, 2]
     logits: Leaf  # f32[S, V]
     sampled_rows: Leaf  # i32[S]
     hidden: Leaf  # [T, E]
+    captured: Mapping[str, Leaf] = dataclasses.field(default_factory=dict[str, Leaf])
 
 
 class SamplerInput(NamedTuple):
@@ -61,10 +66,12 @@ class SamplerInput(NamedTuple):
         rules: Packed rules of all rows of the table.
         allowed: Bit set of the ids that the grammar of each row of the step allows; all
             ones without a grammar.
+        arguments: Those of the logits processors for all rows of the table.
     """
 
     rules: Leaf  # i32[R, X]
     allowed: Leaf  # i32[S, A]
+    arguments: tuple[Leaf, ...] = ()  # [R, ...] each
 
 
 class Drawn(NamedTuple):
@@ -88,6 +95,7 @@ def decode_step(
     weights: Weights,
     state: EngineState,
     vector: Int[Array, " I"],
+    forward: Forward | None = None,
 ) -> tuple[EngineState, StepResult]:
     """Computes the last sampled token of each row and samples the next.
 
@@ -95,7 +103,7 @@ def decode_step(
     """
     inputs = DecodeInput(**split_vector(layout, vector))
     state, turn, batch = enter_decode(model.cache_groups, layout, state, inputs)
-    state, hidden = _forward(model, weights, state, batch)
+    state, hidden = _forward(forward or model.forward, weights, state, batch)
     drawn = score_rows(model, method, weights, layout.num_rows, hidden, turn.sampling())
     return record_drawn(state, turn, drawn, hidden)
 
@@ -107,6 +115,7 @@ def prefill_step(
     weights: Weights,
     state: EngineState,
     vector: Int[Array, " I"],
+    forward: Forward | None = None,
 ) -> tuple[EngineState, StepResult]:
     """Computes prompt chunks and single tokens in any mix.
 
@@ -114,7 +123,7 @@ def prefill_step(
     """
     inputs = PrefillInput(**split_vector(layout, vector))
     state, turn, batch = enter_prefill(model.cache_groups, layout, state, inputs)
-    state, hidden = _forward(model, weights, state, batch)
+    state, hidden = _forward(forward or model.forward, weights, state, batch)
     last = hidden.at[batch.row_starts[1:] - 1].get(mode="clip")
     drawn = score_sampling_rows(
         partial(score_rows, model, method, weights),
@@ -154,7 +163,12 @@ def sampler_step(
     layout = RuleLayout(logits.shape[1])
     rules = inputs.rules.at[sampled_rows].get(mode="clip")
     own_rules = restrict(layout, rules, inputs.allowed)
-    result = sample(logits, rows.sampling(positions), history, own_rules, options)
+    arguments = tuple(
+        table.at[sampled_rows].get(mode="clip") for table in inputs.arguments
+    )
+    result = sample(
+        logits, rows.sampling(positions), history, own_rules, options, arguments
+    )
     fields = _record(rows, result.tokens, jnp.ones_like(positions, bool))
     state = dataclasses.replace(state, rows=state.rows.put(sampled_rows, fields))
     return state, result.packed
@@ -187,10 +201,10 @@ def prompt_logprobs_step(
 
 
 def _forward(
-    model: Model, weights: Weights, state: EngineState, batch: Batch
+    forward: Forward, weights: Weights, state: EngineState, batch: Batch
 ) -> tuple[EngineState, Float[Array, "T E"]]:
     """Runs the network and records the tokens of the places that it wrote."""
-    hidden, kv = model.forward(weights, state.kv, batch)
+    hidden, kv = forward(weights, state.kv, batch)
     return record_tokens(dataclasses.replace(state, kv=kv), batch), hidden
 
 

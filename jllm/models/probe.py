@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from jax import Array
 from jaxtyping import Shaped
 
-Edit = Callable[[Array], Array]
+EditFunction = Callable[[Array], Array]
 """A pure function from an activation to what takes its place."""
 
-Edits = Mapping[str, Edit]
+Edits = Mapping[str, EditFunction]
 """Edits by the names, or patterns of names, of the activations that they change."""
 
 
@@ -38,11 +38,11 @@ class Probe:
         edit = edit or {}
         self.captured: dict[str, Array] = {}
         self._captures = frozenset(
-            name for pattern in capture for name in _matching(pattern, names, "capture")
+            name for pattern in capture for name in matching(pattern, names, "capture")
         )
-        self._edits: dict[str, list[Edit]] = {}
+        self._edits: dict[str, list[EditFunction]] = {}
         for pattern, function in edit.items():
-            for name in _matching(pattern, names, "edit"):
+            for name in matching(pattern, names, "edit"):
                 self._edits.setdefault(name, []).append(function)
 
     def wants(self, name: str) -> bool:
@@ -68,7 +68,17 @@ class Probe:
         return value
 
 
-def _matching(pattern: str, names: Sequence[str], field: str) -> list[str]:
+def matching(pattern: str, names: Sequence[str], field: str) -> list[str]:
+    """Finds the activations that a pattern means.
+
+    Args:
+        pattern: A name in which `*` stands for anything.
+        names: Activations that the model has.
+        field: What the pattern was given for, to name it in the error.
+
+    Raises:
+        ValueError: It matches none.
+    """
     found = fnmatch.filter(names, pattern)
     if not found:
         kinds = sorted({_kind(name) for name in names})

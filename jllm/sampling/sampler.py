@@ -7,12 +7,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
+from jllm.processors import LogitsProcessor, argument_defaults
 from jllm.sampling import transforms
 from jllm.sampling.blocks import argmax
 from jllm.sampling.draws import DRAWS, DrawMethod, row_keys
 from jllm.sampling.logprobs import pack_result
+from jllm.sampling.processors import apply_processors, processor_rows, spoiled
 from jllm.sampling.rows import SamplingRows, TokenHistory
 from jllm.sampling.rules import RuleLayout, Rules, unpack_rules
 from jllm.sampling.transforms import AUTO_SEARCH, ThresholdSearch
@@ -36,11 +38,15 @@ class SamplerOptions:
         num_logprobs: Number of best log-probabilities returned.
         method: How tokens are drawn.
         search: How top-k and top-p find what they keep.
+        processors: Functions of the user, applied before all rules.
+        vocab_size: Ids that these see; the rest pads the vocabulary.
     """
 
     num_logprobs: int
     method: DrawMethod = "inverse_cdf"
     search: ThresholdSearch = AUTO_SEARCH
+    processors: tuple[LogitsProcessor, ...] = ()
+    vocab_size: int = 0
 
 
 Transform = Callable[[Float[Array, "S V"], Context], Float[Array, "S V"]]
@@ -94,6 +100,7 @@ def sample(
     history: TokenHistory,
     rules: Int[Array, "S X"],
     options: SamplerOptions,
+    arguments: tuple[Shaped[Array, "S ..."], ...] = (),
 ) -> SampleResult:
     """Draws a token per row with every rule, and returns its log-probabilities.
 
@@ -105,10 +112,22 @@ def sample(
         history: Context of each row.
         rules: Packed rules of each row, see `pack_rules`.
         options: What is the same for all rows and steps.
+        arguments: Of the processors, for each row, in the order of their declaration.
     """
     unpacked = unpack_rules(RuleLayout(logits.shape[1]), rules)
     context = Context(rows, history, unpacked, options.search)
-    tokens = draw(apply_rules(logits, context), rows, options.method)
+    scores = logits
+    if options.processors:
+        names = argument_defaults(options.processors)
+        scores = apply_processors(
+            options.processors,
+            options.vocab_size,
+            logits,
+            processor_rows(rows, history),
+            dict(zip(names, arguments, strict=True)),
+        )
+        logits = spoiled(logits, scores)
+    tokens = draw(apply_rules(scores, context), rows, options.method)
     packed = pack_result(logits, tokens, unpacked.logprob_ids, options.num_logprobs)
     return SampleResult(tokens=tokens, packed=packed)
 

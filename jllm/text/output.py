@@ -1,16 +1,18 @@
 """Token outputs of the engine to the outputs that users get."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from jllm.text.activations import join_activations
 from jllm.text.detokenizer import Detokenizer, StopStrings
 from jllm.text.prompts import PreparedRequest
 from jllm.text.tokenizer import Tokenizer
 from jllm.types import (
+    EngineRequest,
     FinishReason,
     RequestOutputKind,
-    SamplingParams,
     TokenLogprobs,
     TokenOutput,
 )
@@ -38,8 +40,7 @@ class RequestStream:
         self._tokenizer = tokenizer
         self._kind = request.params.output_kind if kind is None else kind
         self._sequences = [
-            _Sequence(i, request.params, request.prompt_token_ids, tokenizer)
-            for i in range(request.params.n)
+            _Sequence(i, request, tokenizer) for i in range(request.params.n)
         ]
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._cached_tokens: int | None = None
@@ -156,18 +157,21 @@ class _Sequence:
     def __init__(
         self,
         index: int,
-        params: SamplingParams,
-        prompt_token_ids: Sequence[int],
+        request: EngineRequest,
         tokenizer: Tokenizer | None,
     ) -> None:
+        params = request.params
         self._index = index
         self._params = params
+        self._prompt_token_ids = request.prompt_token_ids
+        self._captures = request.probes is not None and bool(request.probes.capture)
+        self._activations: list[Mapping[str, Any]] = []
         self._tokenizer = tokenizer
         self._detokenizer = None
         if tokenizer is not None and params.detokenize:
             self._detokenizer = Detokenizer(
                 tokenizer,
-                prompt_token_ids,
+                request.prompt_token_ids,
                 skip_special_tokens=params.skip_special_tokens,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
             )
@@ -195,6 +199,7 @@ class _Sequence:
 
     def push(self, output: TokenOutput) -> None:
         """Takes new tokens, up to the one that completes a stop string."""
+        self._activations += output.activations
         last = len(output.token_ids) - 1
         for i, token_id in enumerate(output.token_ids):
             if output.logprobs is not None:
@@ -265,7 +270,16 @@ class _Sequence:
             logprobs=self._logprobs[first_token:] if self._has_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            activations=self._joined_activations(),
         )
+
+    def _joined_activations(self) -> dict[str, Any] | None:
+        """Of all tokens but the last, which was sampled; None before the end."""
+        if not self._captures or self.finish_reason is None:
+            return None
+        num_sampled = max(len(self.token_ids), 1)
+        length = len(self._prompt_token_ids) + num_sampled - 1
+        return join_activations(self._activations, length)
 
 
 def _logprob_dict(

@@ -9,6 +9,7 @@ from typing import Any
 from jllm.config import EngineConfig
 from jllm.errors import InvalidRequestError
 from jllm.pooling import PoolingParams
+from jllm.probes import Probes
 from jllm.sampling.grammar import Grammar
 from jllm.sampling.thinking import Thinking
 from jllm.structured_outputs import StructuredOutputsParams
@@ -150,6 +151,7 @@ class PromptProcessor:
         params: SamplingParams,
         priority: int = 0,
         grammar: Grammar | None = None,
+        probes: Probes | None = None,
     ) -> PreparedRequest:
         """Makes a request.
 
@@ -159,6 +161,7 @@ class PromptProcessor:
             params: How its tokens are chosen.
             priority: Smaller runs first.
             grammar: That of its structured output, compiled here where it is missing.
+            probes: What is captured and edited of its activations.
 
         Raises:
             InvalidRequestError: The prompt is malformed, or needs a tokenizer, or the
@@ -183,6 +186,7 @@ class PromptProcessor:
             cache_salt=parsed.cache_salt,
             grammar=grammar,
             thinking=self._thinking(token_ids, params),
+            probes=probes,
         )
         return PreparedRequest(request, parsed.text)
 
