@@ -28,7 +28,7 @@ class Limits:
         max_logprobs: Most log-probabilities per token.
         eos_token_ids: Tokens that end the output of this model.
         width: Length of its hidden states.
-        activations: Names of what can be captured and edited.
+        activations: Names of what can be captured and edited; none if nothing can.
         extra_args: Arguments of the logits processors, with their defaults.
         has_processors: Whether there are any, so that all tokens are theirs.
     """

@@ -57,8 +57,13 @@ def resolve(probes: Probes, activations: Sequence[str]) -> ResolvedProbes:
     """Finds the activations that a request means.
 
     Raises:
-        InvalidRequestError: A pattern matches none.
+        InvalidRequestError: A pattern matches none, or there are none to be had.
     """
+    if not activations:
+        raise InvalidRequestError(
+            "this engine neither captures nor edits activations",
+            parameter="capture" if probes.capture else "edit",
+        )
     names = {
         name
         for pattern in probes.capture

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jllm.engine.admission import validate
 from jllm.engine.capture import CapturedTokens
 from jllm.engine.probed_steps import EditPoint, ProbeSet
 from jllm.engine.probing import MAX_SETS, Probing
@@ -206,6 +207,12 @@ def test_what_is_refused(engine):
         engine.add(wrong)
     assert (engine.num_open, engine._probing.num_open) == (0, 1)
     assert len(run(engine, [probed("b", [3, 4], max_tokens=3)])[0]["b"]) == 3
+
+
+def test_an_engine_without_activations(engine):
+    limits = dataclasses.replace(engine.limits, activations=())
+    with pytest.raises(InvalidRequestError, match="neither captures nor edits"):
+        validate(probed("a", [3]), limits)
 
 
 @pytest.mark.parametrize(
