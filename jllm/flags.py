@@ -21,7 +21,8 @@ def add_flags(
     """Adds a flag per field; a flag that is not given leaves no trace.
 
     Strings of a list come by repeating the flag, numbers with commas, a mapping as
-    JSON, a boolean as `--flag` or `--no-flag`. `None` is written "none".
+    JSON, a boolean as `--flag` or `--no-flag`. `None` is written "none". A field's
+    metadata may give a help text, and a short flag.
 
     Args:
         group: Parser or argument group.
@@ -35,7 +36,9 @@ def add_flags(
             continue
         name = (renamed or {}).get(field.name, field.name).replace("_", "-")
         text = field.metadata.get("help") or docs.get(field.name, "")
+        short = field.metadata.get("short")
         group.add_argument(
+            *((short,) if short else ()),
             f"--{name}",
             dest=_destination(owner, field.name),
             default=argparse.SUPPRESS,
