@@ -20,8 +20,9 @@ MAX_HOST_TIMEOUT = 60.0
 """Seconds within which all hosts end once one is lost."""
 
 
-def _option(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, short: str | None = None) -> Any:
+    metadata = {"help": text, "short": short}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,11 +134,11 @@ class EngineConfig:
     attention: AttentionImplementation = _option(
         "auto", "attention implementation; a forced one never falls back"
     )
-    tensor_parallel_size: int = _option(1, "devices that share each layer")
+    tensor_parallel_size: int = _option(1, "devices that share each layer", "-tp")
     pipeline_parallel_size: int = _option(
-        1, "stages that share the stack of layers, each on devices of its own"
+        1, "stages that share the stack of layers, each on devices of its own", "-pp"
     )
-    data_parallel_size: int = _option(1, "independent replicas of the model")
+    data_parallel_size: int = _option(1, "independent replicas of the model", "-dp")
     compile_ahead: bool = _option(
         True, "compile all sizes in the background; off: two sizes serve everything"
     )

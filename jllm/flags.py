@@ -23,7 +23,8 @@ def add_flags(
     Fields that are dataclasses themselves have flags of their own.
 
     Strings of a list come by repeating the flag, numbers with commas, a mapping as
-    JSON, a boolean as `--flag` or `--no-flag`. `None` is written "none".
+    JSON, a boolean as `--flag` or `--no-flag`. `None` is written "none". A field's
+    metadata may give a help text, and a short flag.
 
     Args:
         group: Parser or argument group.
@@ -39,7 +40,9 @@ def add_flags(
             continue
         name = (renamed or {}).get(field.name, field.name).replace("_", "-")
         text = field.metadata.get("help") or docs.get(field.name, "")
+        short = field.metadata.get("short")
         group.add_argument(
+            *((short,) if short else ()),
             f"--{name}",
             dest=_destination(owner, field.name),
             default=argparse.SUPPRESS,

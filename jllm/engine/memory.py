@@ -47,7 +47,7 @@ class MemoryBudget:
     Attributes:
         capacity: Memory that could be used before the weights were loaded.
         utilization: Share of it that may be used.
-        weights: Weights on this device.
+        weights: Weights on this device, and microbatches on their way.
         temporaries: Largest scratch memory of any program, and its results.
         block: One block of the pools of all layers that keep the whole context, and of
             the token history.

@@ -29,6 +29,7 @@ from jllm.engine.programs import (
     ProgramOptions,
     Programs,
     Readiness,
+    describe_state,
     sampler_bytes,
 )
 from jllm.models.base import Model, ParamSpec, Weights
@@ -104,12 +105,21 @@ class StartPlan:
         return MemoryBudget(
             capacity=self.capacity,
             utilization=resolved.utilization,
-            weights=_bytes_per_device(self.weights()),
+            weights=_bytes_per_device(
+                (self.weights(), self._in_stages(blocks_per_row))
+            ),
             temporaries=temporaries,
             block=group_block_bytes(self.model, resolved.block_size)[0],
             most_useful_blocks=config.num_blocks or useful,
             windows=window_shares(resolved, self.model),
         )
+
+    def _in_stages(self, blocks_per_row: int) -> object:
+        """What the device state holds of a pipeline's microbatches."""
+        if self.model.options.pipe_size == 1:
+            return ()
+        options = program_options(self.resolved, self.model, blocks_per_row)
+        return describe_state(self.model, options, self.place).flights
 
     def expected_temporaries(self) -> int:
         """What the largest program will need, generously.

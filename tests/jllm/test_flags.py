@@ -52,6 +52,14 @@ def test_engine_flags():
     }
 
 
+def test_short_flags():
+    assert parse(EngineConfig, "-pp", "2", "-tp", "4", "-dp", "1") == {
+        "pipeline_parallel_size": 2,
+        "tensor_parallel_size": 4,
+        "data_parallel_size": 1,
+    }
+
+
 @pytest.mark.parametrize(
     ("owner", "arguments"),
     [

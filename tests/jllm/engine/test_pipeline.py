@@ -142,7 +142,7 @@ def test_hidden_states_go_to_the_next_stage_and_nothing_large_besides(engine):
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="pipeline_parallel_size=4 must be at most"):
         make_engine(UNEVEN, pipeline_parallel_size=4)
-    with pytest.raises(ConfigError, match="pipeline_parallel_size=3 x .* needs 12"):
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_size=3 x .* needs 12"):
         make_engine(
             UNEVEN,
             pipeline_parallel_size=3,
