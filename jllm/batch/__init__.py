@@ -1,0 +1,24 @@
+"""Resumable jobs: files of lines in, one answer per line out, each exactly once."""
+
+from jllm.batch.inputs import Line
+from jllm.batch.job import Job, JobConfig, open_job
+from jllm.batch.leases import declare_dead
+from jllm.batch.progress import Progress
+from jllm.batch.records import Answer
+from jllm.batch.store import StorageError, Store
+from jllm.batch.worker import Answerer, Outcome, Worker
+
+__all__ = [
+    "Answer",
+    "Answerer",
+    "Job",
+    "JobConfig",
+    "Line",
+    "Outcome",
+    "Progress",
+    "StorageError",
+    "Store",
+    "Worker",
+    "declare_dead",
+    "open_job",
+]
