@@ -21,7 +21,8 @@ def add_flags(
     """Adds a flag per field; a flag that is not given leaves no trace.
 
     Strings of a list come by repeating the flag, numbers with commas, a mapping as
-    JSON, a boolean as `--flag` or `--no-flag`. `None` is written "none".
+    JSON, a boolean as `--flag` or `--no-flag`. `None` is written "none". A field with
+    `positional` in its metadata stands without a flag, once or more, under that name.
 
     Args:
         group: Parser or argument group.
@@ -35,11 +36,20 @@ def add_flags(
             continue
         name = (renamed or {}).get(field.name, field.name).replace("_", "-")
         text = field.metadata.get("help") or docs.get(field.name, "")
+        text = text.replace("%", "%%")
+        if "positional" in field.metadata:
+            group.add_argument(
+                _destination(owner, field.name),
+                nargs="+",
+                metavar=field.metadata["positional"],
+                help=text,
+            )
+            continue
         group.add_argument(
             f"--{name}",
             dest=_destination(owner, field.name),
             default=argparse.SUPPRESS,
-            help=text.replace("%", "%%"),
+            help=text,
             **_argument(field),
         )
 

@@ -2,17 +2,19 @@
 
 from jllm.batch.inputs import Line
 from jllm.batch.job import Job, JobConfig, open_job
-from jllm.batch.leases import declare_dead
+from jllm.batch.leases import JobBusyError, LeaseLostError, declare_dead
 from jllm.batch.progress import Progress
 from jllm.batch.records import Answer
 from jllm.batch.store import StorageError, Store
-from jllm.batch.worker import Answerer, Outcome, Worker
+from jllm.batch.worker import Answerer, Outcome, Worker, summary
 
 __all__ = [
     "Answer",
     "Answerer",
     "Job",
+    "JobBusyError",
     "JobConfig",
+    "LeaseLostError",
     "Line",
     "Outcome",
     "Progress",
@@ -21,4 +23,5 @@ __all__ = [
     "Worker",
     "declare_dead",
     "open_job",
+    "summary",
 ]
