@@ -172,6 +172,7 @@ class Peers:
         self._store = store
         self._lease_seconds = lease_seconds
         self._seen: dict[str, tuple[int | None, float]] = {}
+        self._moved: set[str] = set()
         self._machine = _machine()
 
     def sign(self, worker: str) -> Sign | None:
@@ -193,15 +194,14 @@ class Peers:
             return "lost"
         beat = None if sign is None else sign.beat
         now = time.monotonic()
-        is_new = worker not in self._seen
         last, since = self._seen.setdefault(worker, (beat, now))
         if last != beat:
             self._seen[worker] = (beat, now)
-            return "alive"
-        if now - since > self._lease_seconds:
+            self._moved.add(worker)
+        elif now - since > self._lease_seconds:
             return "lost"
         is_held = is_near and self._store.is_local
-        return "alive" if is_held and is_new else "unknown"
+        return "alive" if is_held or worker in self._moved else "unknown"
 
     def _is_locked(self, worker: str) -> bool:
         try:
@@ -264,6 +264,12 @@ class Claims:
     def finish(self, what: str) -> None:
         """Notes that the work is done; may be noted twice."""
         self._store.create(f"{CLAIMS}/{what}.{FINISHED}", self._worker.encode())
+
+    def reopen(self, what: str) -> None:
+        """Forgets that work was done, and who has done it."""
+        for name in self._store.names(CLAIMS):
+            if name.rpartition(".")[0] == what:
+                self._store.remove(f"{CLAIMS}/{name}")
 
     def lost(self, mine: Sequence[str]) -> list[str]:
         """Which of this worker's claims others have taken."""

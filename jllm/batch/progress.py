@@ -40,8 +40,10 @@ class Progress:
 
     def skip(self, count: int) -> None:
         """Counts lines that others have done, or this worker before it was stopped."""
-        self._bar.initial += count
-        self._bar.update(count)
+        if not self._bar.disable:
+            # The time left is told from the lines of this worker alone.
+            self._bar.initial += count
+            self._bar.update(count)
 
     def update(self, answer: Answer) -> None:
         """Counts a line."""

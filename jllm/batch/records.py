@@ -23,6 +23,15 @@ DONE = "done.json"
 _encoder = json.JSONEncoder(separators=(",", ":"))
 
 
+class DamagedRangeError(StorageError):
+    """Lines of a range have no record, although all of them were once written."""
+
+    def __init__(self, index: int, message: str) -> None:
+        """Names the range."""
+        super().__init__(message)
+        self.index = index
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
     """What became of one line.
@@ -144,7 +153,8 @@ def merge(store: Store, job: Job) -> dict[str, int]:
         Counts: lines, errors, and tokens.
 
     Raises:
-        StorageError: A line has no record, or a file could not be written.
+        DamagedRangeError: Lines have no record.
+        StorageError: A file could not be written.
     """
     counts: collections.Counter[str] = collections.Counter()
     with store.writing(OUTPUT) as output, store.writing(ERRORS) as errors:
@@ -164,9 +174,10 @@ def _answers(store: Store, job: Job) -> Iterator[Answer]:
     for index, part in enumerate(job.ranges):
         records = read_records(store, index)
         if len(records) != part.num_requests:
-            raise StorageError(
-                f"{store.url}: {len(records)} of the {part.num_requests} lines from "
-                f"{part.first_line} of {job.files[part.file].url} have a record"
+            raise DamagedRangeError(
+                index,
+                f"{len(records)} of the {part.num_requests} lines from "
+                f"{part.first_line} of {job.files[part.file].url} have a record",
             )
         for number in sorted(records):
             yield records[number].answer

@@ -120,8 +120,12 @@ class Store:
 
     def replace(self, name: str, data: bytes) -> None:
         """Writes a file as a whole: readers see the old one or the new one."""
-        with self.writing(name) as file:
-            file.write(data)
+        with self._errors(name):
+            if not self.is_local:
+                self._fs.pipe_file(self.path(name), data)
+                return
+            with _replaced(self.path(name)) as file:
+                file.write(data)
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Generator[Writer]:
@@ -158,6 +162,11 @@ class Store:
                 os.close(descriptor)
             if is_new:
                 _sync_folder(path)
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+        with self._errors(name), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self.path(name))
 
     def remove_folder(self, name: str) -> None:
         """Removes a folder and all that is in it, if it is there."""

@@ -33,6 +33,7 @@ from jllm.batch.records import (
     DONE,
     PARTS,
     Answer,
+    DamagedRangeError,
     Journal,
     Record,
     merge,
@@ -105,6 +106,7 @@ class Worker:
         self._taken: dict[int, _Taken] = {}
         self._records: dict[int, list[Record]] = collections.defaultdict(list)
         self._known: set[int] = set()
+        self._merges = False
         self._failure: BaseException | None = None
         self._failed = asyncio.Event()
         self._slots = asyncio.Semaphore(config.max_in_flight)
@@ -269,8 +271,8 @@ class Worker:
                 if index in self._taken:
                     self._taken[index].num_open -= len(found)
             for index, taken in list(self._taken.items()):
-                if not taken.num_open:
-                    del self._taken[index]
+                # Another flush may have run while this one has waited.
+                if not taken.num_open and self._taken.pop(index, None):
                     await self._in_files(self._claims.finish, range_name(index))
         except StorageError as error:
             self._fail(error)
@@ -298,11 +300,19 @@ class Worker:
     def _merge(self) -> None:
         """Writes the output, or waits for the worker that does."""
         number = self._claims.latest().get(MERGE_CLAIM)
+        self._merges = self._merges or self._claims.take(MERGE_CLAIM, number)
         # A worker that comes late finds an empty folder, and the job done.
-        if self._claims.take(MERGE_CLAIM, number) and not self._is_finished():
-            merge(self._store, self._job)
-        elif not self._is_finished():
+        if self._is_finished():
+            return
+        if not self._merges:
             time.sleep(self._poll)
+            return
+        try:
+            merge(self._store, self._job)
+        except DamagedRangeError as error:
+            logger.warning("%s; the others are done again", error)
+            self._claims.reopen(range_name(error.index))
+            self._ranges.finished.discard(error.index)
 
     async def _in_files(self, function: Callable[..., Any], *arguments: Any) -> Any:
         loop = asyncio.get_running_loop()

@@ -8,7 +8,6 @@ could not be read or written; 75, a signal has stopped it; 130 after Ctrl-C. Aft
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
@@ -33,7 +32,7 @@ from jllm.batch import (
 from server.batch.answers import Answers
 from server.batch.options import BatchOptions
 from server.llm import Llm
-from server.serving import DEFAULT_NAME, MakeLlm
+from server.serving import DEFAULT_NAME, MakeLlm, identity
 from server.state import Server
 
 logger = logging.getLogger("jllm")
@@ -71,7 +70,7 @@ def run_batch(
     """
     assert options.output is not None
     try:
-        with _early_signals() if has_signals else contextlib.nullcontext():
+        with early_signals() if has_signals else contextlib.nullcontext():
             store = Store(options.output)
             job = open_job(
                 store, options.inputs, options.settings(engine), options.range_lines
@@ -80,12 +79,10 @@ def run_batch(
             if summary(store) is None:
                 code = _work(engine, options, (store, job), make_llm, has_signals)
     except StorageError as error:
-        logger.error("%s; the same command goes on with the job", error)
-        return IO_ERROR
+        return _give_up(error, IO_ERROR)
     except (EngineStoppedError, LeaseLostError) as error:
-        logger.error("%s; the same command goes on with the job", error)
-        return ENGINE_FAILED
-    _report(store, job, code)
+        return _give_up(error, ENGINE_FAILED)
+    _report(store, code)
     return code
 
 
@@ -117,7 +114,12 @@ def _work(
     return code
 
 
-def _report(store: Store, job: Job, code: int) -> None:
+def _give_up(error: Exception, code: int) -> int:
+    logger.error("%s; the same command goes on with the job", error)
+    return code
+
+
+def _report(store: Store, code: int) -> None:
     counts = summary(store)
     if counts is not None:
         logger.info(
@@ -137,7 +139,7 @@ def _make_async_llm(config: EngineConfig) -> Llm:
 
 
 @contextlib.contextmanager
-def _early_signals() -> Generator[None]:
+def early_signals() -> Generator[None]:
     """Until the event loop takes signals over, SIGTERM ends with the code for it."""
 
     def end(*_: object) -> None:
@@ -179,9 +181,7 @@ class _Life:
             return self._code
         llm: Llm = loading.result()
         try:
-            server.set_ready(
-                llm, f"{jllm.__version__} {dataclasses.asdict(self._engine)}"
-            )
+            server.set_ready(llm, identity(self._engine))
             answers = Answers(server, self._options.endpoint, self._options.body or {})
             outcome = await worker.run(answers, stop)
             return 0 if outcome is Outcome.FINISHED else self._code
