@@ -7,6 +7,7 @@ worker is started in its place.
 
 import contextlib
 import dataclasses
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -42,11 +43,7 @@ def run_replicas(
         JllmError: An option or an input is wrong, Ray is missing, or the replicas
             cannot be placed.
     """
-    try:
-        import ray
-        import ray.util.scheduling_strategies
-    except ImportError as error:
-        raise ConfigError("ray=True needs Ray: pip install 'jllm[ray]'") from error
+    ray = _import_ray()
     assert options.output is not None
     store = Store(options.output)
     # Before anything is placed, so that what is wrong is said here.
@@ -64,6 +61,15 @@ def run_replicas(
     finally:
         if not was_running:
             ray.shutdown()
+
+
+def _import_ray() -> Any:
+    """Ray, which need not be installed."""
+    try:
+        importlib.import_module("ray.util.scheduling_strategies")
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise ConfigError("ray=True needs Ray: pip install 'jllm[ray]'") from error
 
 
 def _run_worker(engine: EngineConfig, options: BatchOptions) -> int:
