@@ -83,6 +83,9 @@ def run_batch(
     except (EngineStoppedError, LeaseLostError) as error:
         return _give_up(error, ENGINE_FAILED)
     _report(store, code)
+    if has_signals and code in (STOPPED, INTERRUPTED):
+        # Everything is written; a model that is still being loaded is not waited for.
+        _end_now(code)
     return code
 
 
