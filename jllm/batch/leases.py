@@ -134,11 +134,12 @@ class Presence:
 
     def __enter__(self) -> "Presence":
         if self._store.is_local:
-            path = _lock_path(self._store, self.worker)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Held before anybody can know of it, and given back by the system.
-            self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with self._store.errors(WORKERS):
+                path = _lock_path(self._store, self.worker)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # Held before anybody can know of it, and given back by the system.
+                self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._write(self._sign)
         self._thread.start()
         return self

@@ -75,7 +75,7 @@ class Store:
 
     def read(self, name: str) -> bytes | None:
         """All of a file; None if there is none."""
-        with self._errors(name):
+        with self.errors(name):
             try:
                 return self._fs.cat_file(self.path(name))
             except FileNotFoundError:
@@ -87,7 +87,7 @@ class Store:
 
     def names(self, folder: str) -> list[str]:
         """Names of the files of a folder, in order; none if there is no folder."""
-        with self._errors(folder):
+        with self.errors(folder):
             try:
                 paths = self._fs.ls(self.path(folder), detail=False, refresh=True)
             except FileNotFoundError:
@@ -104,7 +104,7 @@ class Store:
         Returns:
             Whether this call has made it.
         """
-        with self._errors(name):
+        with self.errors(name):
             if self.is_local:
                 return self._create_local(self.path(name), data)
             try:
@@ -120,7 +120,7 @@ class Store:
 
     def replace(self, name: str, data: bytes) -> None:
         """Writes a file as a whole: readers see the old one or the new one."""
-        with self._errors(name):
+        with self.errors(name):
             if not self.is_local:
                 self._fs.pipe_file(self.path(name), data)
                 return
@@ -130,7 +130,7 @@ class Store:
     @contextlib.contextmanager
     def writing(self, name: str) -> Generator[Writer]:
         """Writes a file of any length, which appears, complete, at the end."""
-        with self._errors(name):
+        with self.errors(name):
             if self.is_local:
                 with _replaced(self.path(name)) as file:
                     yield file
@@ -150,7 +150,7 @@ class Store:
 
         What was written of data that does not fit is taken back.
         """
-        with self._errors(name):
+        with self.errors(name):
             path = self.path(name)
             is_new = not pathlib.Path(path).exists()
             if is_new:
@@ -165,12 +165,12 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Removes a file, if it is there."""
-        with self._errors(name), contextlib.suppress(FileNotFoundError):
+        with self.errors(name), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self.path(name))
 
     def remove_folder(self, name: str) -> None:
         """Removes a folder and all that is in it, if it is there."""
-        with self._errors(name), contextlib.suppress(FileNotFoundError):
+        with self.errors(name), contextlib.suppress(FileNotFoundError):
             self._fs.rm(self.path(name), recursive=True)
 
     def _create_local(self, path: str, data: bytes) -> bool:
@@ -194,7 +194,7 @@ class Store:
         return True
 
     @contextlib.contextmanager
-    def _errors(self, name: str) -> Generator[None]:
+    def errors(self, name: str) -> Generator[None]:
         """Says which file an error is about; stores have errors of many kinds."""
         try:
             yield
