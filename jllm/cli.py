@@ -247,15 +247,17 @@ def _add_command(
     text: str,
     *,
     renamed: Mapping[str, str] = ENGINE_FLAGS_RENAMED,
+    has_inputs: bool = False,
 ) -> argparse.ArgumentParser:
-    """Adds a command that loads a model."""
+    """Adds a command that loads a model; inputs leave it no place without a flag."""
     parser = commands.add_parser(name, help=text, allow_abbrev=False)
     parser.set_defaults(run=partial(_run_on_host, run))
+    place: dict[str, Any] = {} if has_inputs else {"nargs": "?"}
     parser.add_argument(
-        "model",
-        nargs="?",
+        "--model" if has_inputs else "model",
         metavar="MODEL",
         help="directory or Hugging Face id; none is the embedded model",
+        **place,
     )
     parser.add_argument(
         "--quiet", action="store_true", help="no messages but warnings and errors"
@@ -292,7 +294,11 @@ def _add_plugin(commands: Any, name: str, plugin: Plugin) -> None:
         own = plugin.options(**given_values(options, plugin.options))
         return plugin.run(_engine_config(options), own)
 
-    parser = _add_command(commands, name, run, plugin.summary, renamed={})
+    fields = dataclasses.fields(plugin.options)
+    has_inputs = any("positional" in field.metadata for field in fields)
+    parser = _add_command(
+        commands, name, run, plugin.summary, renamed={}, has_inputs=has_inputs
+    )
     add_flags(parser.add_argument_group(name), plugin.options)
 
 

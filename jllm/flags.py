@@ -24,7 +24,8 @@ def add_flags(
 
     Strings of a list come by repeating the flag, numbers with commas, a mapping as
     JSON, a boolean as `--flag` or `--no-flag`. `None` is written "none". A field's
-    metadata may give a help text, and a short flag.
+    metadata may give a help text, and a short flag; one with `positional` there stands
+    without a flag, once or more, under that name.
 
     Args:
         group: Parser or argument group.
@@ -41,12 +42,21 @@ def add_flags(
         name = (renamed or {}).get(field.name, field.name).replace("_", "-")
         text = field.metadata.get("help") or docs.get(field.name, "")
         short = field.metadata.get("short")
+        text = text.replace("%", "%%")
+        if "positional" in field.metadata:
+            group.add_argument(
+                _destination(owner, field.name),
+                nargs="+",
+                metavar=field.metadata["positional"],
+                help=text,
+            )
+            continue
         group.add_argument(
             *((short,) if short else ()),
             f"--{name}",
             dest=_destination(owner, field.name),
             default=argparse.SUPPRESS,
-            help=text.replace("%", "%%"),
+            help=text,
             **_argument(field),
         )
 

@@ -185,7 +185,7 @@ class _Life:
             _end_now(0)
         llm = loading.result()
         try:
-            self._server.set_ready(llm, _identity(self._engine))
+            self._server.set_ready(llm, identity(self._engine))
         except JllmError:
             llm.shutdown()
             raise
@@ -268,7 +268,8 @@ def _end_now(code: int) -> None:
     os._exit(code)
 
 
-def _identity(engine: EngineConfig) -> str:
+def identity(engine: EngineConfig) -> str:
+    """What makes the outputs of an engine reproducible, in words."""
     return f"{jllm.__version__} {dataclasses.asdict(engine)}"
 
 

@@ -61,7 +61,8 @@ def resolve(probes: Probes, activations: Sequence[str]) -> ResolvedProbes:
     """
     if not activations:
         raise InvalidRequestError(
-            "this engine neither captures nor edits activations",
+            "this engine neither captures nor edits activations: that needs "
+            "pipeline_parallel_size=1 and num_hosts=1",
             parameter="capture" if probes.capture else "edit",
         )
     names = {
@@ -103,11 +104,6 @@ def make_probed(probes: Probes, activations: Sequence[str]) -> ProbedJob:
 
 
 def _matching(pattern: str, activations: Sequence[str], field: str) -> list[str]:
-    if not activations:
-        raise InvalidRequestError(
-            f"{field}={pattern!r} needs pipeline_parallel_size=1 and num_hosts=1",
-            parameter=field,
-        )
     try:
         return matching(pattern, activations, field)
     except ValueError as error:

@@ -52,26 +52,10 @@ class Plan:
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """Continues a conversation."""
     server, body, num_tokens = await receive(request, ChatCompletionRequest)
-    model = server.check_model(body.model)
-    _check(body)
-    n = body.n or 1
-    with open_call(request, server, n, num_tokens) as call:
-        call.max_tokens = body.max_completion_tokens or body.max_tokens
-        names = field_names(body)
-        async with call.limit():
-            plan = await _plan(request, server, body, names)
-        running = Generation(server, call, [plan.job], names)
-        with contextlib.closing(running):
-            await running.open()
-            envelope = Envelope(
-                _name(body),
-                "chat.completion.chunk" if body.stream else "chat.completion",
-                model,
-                server.fingerprint,
-            )
-            answer = _Answer(
-                envelope, call, running, plan, server, is_stream=bool(body.stream)
-            )
+    check(server, body)
+    with open_call(request, server, body.n or 1, num_tokens) as call:
+        salt = cache_salt(request, body)
+        async with opened(server, call, body, salt) as answer:
             if body.stream:
                 stream = EventStream(request, server.config)
                 await stream.send_all(answer.events(body))
@@ -79,7 +63,34 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
             return json_response(await answer.whole(body))
 
 
-class _Answer:
+@contextlib.asynccontextmanager
+async def opened(
+    server: Server, call: Call, body: ChatCompletionRequest, salt: str | None
+) -> AsyncGenerator["ChatAnswer"]:
+    """Queues a checked request; gives what makes its answer.
+
+    Raises:
+        ApiError: A field is wrong, or the engine refuses it.
+    """
+    call.max_tokens = body.max_completion_tokens or body.max_tokens
+    names = field_names(body)
+    async with call.limit():
+        plan = await _plan(server, body, names, salt)
+    running = Generation(server, call, [plan.job], names)
+    with contextlib.closing(running):
+        await running.open()
+        envelope = Envelope(
+            _name(body),
+            "chat.completion.chunk" if body.stream else "chat.completion",
+            server.check_model(body.model),
+            server.fingerprint,
+        )
+        yield ChatAnswer(
+            envelope, call, running, plan, server, is_stream=bool(body.stream)
+        )
+
+
+class ChatAnswer:
     """Makes the answer to one request."""
 
     def __init__(
@@ -158,7 +169,13 @@ def field_names(body: ChatCompletionRequest) -> FieldNames:
     return FieldNames(names)
 
 
-def _check(body: ChatCompletionRequest) -> None:
+def check(server: Server, body: ChatCompletionRequest) -> None:
+    """Refuses what needs no model to be known as wrong.
+
+    Raises:
+        ApiError: Names the field.
+    """
+    server.check_model(body.model)
     check_stream_options(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_request(
@@ -214,10 +231,7 @@ async def render(
 
 
 async def _plan(
-    request: web.Request,
-    server: Server,
-    body: ChatCompletionRequest,
-    names: FieldNames,
+    server: Server, body: ChatCompletionRequest, names: FieldNames, salt: str | None
 ) -> Plan:
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     choice = server.parsing.check_choice(tools, body.tool_choice)
@@ -228,7 +242,6 @@ async def _plan(
         prompt = await render(
             server, body, body.messages, tools, reasoning_effort=body.reasoning_effort
         )
-        salt = cache_salt(request, body)
         if salt is not None:
             prompt = dataclasses.replace(prompt, cache_salt=salt)
     num_top = params.logprobs

@@ -83,19 +83,17 @@ def cache_salt(request: web.Request, body: Any) -> str | None:
 
 
 async def make_prompt(
-    request: web.Request, body: Any, prompt: str | list[int]
+    server: Server, body: Any, prompt: str | list[int], salt: str | None
 ) -> dict[str, Any]:
     """One prompt of a request, as the engine takes it; see `jllm.LLM.generate`."""
     made: dict[str, Any] = {}
-    salt = cache_salt(request, body)
     if salt is not None:
         made["cache_salt"] = salt
     if not isinstance(prompt, str):
         return made | {"prompt_token_ids": prompt}
     made["prompt"] = prompt
     if body.add_special_tokens is False:
-        tokenize = request.app[SERVER].llm.tokenize
-        tokens = await tokenize(prompt, add_special_tokens=False)
+        tokens = await server.llm.tokenize(prompt, add_special_tokens=False)
         made["prompt_token_ids"] = tokens
     return made
 

@@ -16,6 +16,7 @@ from server.generation import Generation, Job
 from server.logprobs import TokenNames
 from server.protocol.completions import CompletionRequest
 from server.routes.common import (
+    cache_salt,
     check_stream_options,
     make_job,
     make_prompt,
@@ -47,23 +48,11 @@ class Plan:
 async def create_completion(request: web.Request) -> web.StreamResponse:
     """Completes one or more prompts."""
     server, body, num_tokens = await receive(request, CompletionRequest)
-    model = server.check_model(body.model)
-    _check(body)
+    check(server, body)
     num_sequences = len(body.prompt) * (body.n or 1)
     with open_call(request, server, num_sequences, num_tokens) as call:
-        call.max_tokens = _max_tokens(body)
-        async with call.limit():
-            plan = await _plan(request, server, body)
-        running = Generation(server, call, plan.jobs, _field_names(body))
-        with contextlib.closing(running):
-            await running.open()
-            envelope = Envelope(
-                f"cmpl-{body.request_id}" if body.request_id else new_id("cmpl-"),
-                "text_completion",
-                model,
-                server.fingerprint,
-            )
-            answer = _Answer(envelope, call, running, plan)
+        salt = cache_salt(request, body)
+        async with opened(server, call, body, salt) as answer:
             if body.stream:
                 stream = EventStream(request, server.config)
                 await stream.send_all(answer.events(body))
@@ -71,7 +60,31 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
             return json_response(await answer.whole())
 
 
-class _Answer:
+@contextlib.asynccontextmanager
+async def opened(
+    server: Server, call: Call, body: CompletionRequest, salt: str | None
+) -> AsyncGenerator["CompletionAnswer"]:
+    """Queues a checked request; gives what makes its answer.
+
+    Raises:
+        ApiError: A field is wrong, or the engine refuses it.
+    """
+    call.max_tokens = _max_tokens(body)
+    async with call.limit():
+        plan = await _plan(server, body, salt)
+    running = Generation(server, call, plan.jobs, _field_names(body))
+    with contextlib.closing(running):
+        await running.open()
+        envelope = Envelope(
+            f"cmpl-{body.request_id}" if body.request_id else new_id("cmpl-"),
+            "text_completion",
+            server.check_model(body.model),
+            server.fingerprint,
+        )
+        yield CompletionAnswer(envelope, call, running, plan)
+
+
+class CompletionAnswer:
     """Makes the answer to one request."""
 
     def __init__(
@@ -124,7 +137,13 @@ def _field_names(body: CompletionRequest) -> FieldNames:
     return FieldNames(names)
 
 
-def _check(body: CompletionRequest) -> None:
+def check(server: Server, body: CompletionRequest) -> None:
+    """Refuses what needs no model to be known as wrong.
+
+    Raises:
+        ApiError: Names the field.
+    """
+    server.check_model(body.model)
     check_stream_options(body)
     n, best_of = body.n or 1, body.best_of
     if best_of is not None and best_of > 1 and body.stream:
@@ -139,7 +158,7 @@ def _max_tokens(body: CompletionRequest) -> int:
     return DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
 
 
-async def _plan(request: web.Request, server: Server, body: CompletionRequest) -> Plan:
+async def _plan(server: Server, body: CompletionRequest, salt: str | None) -> Plan:
     llm, max_tokens = server.llm, _max_tokens(body)
     with engine_errors(_field_names(body)):
         settings: dict[str, Any] = {}
@@ -158,7 +177,7 @@ async def _plan(request: web.Request, server: Server, body: CompletionRequest) -
             **settings,
         )
         texts = await _texts(server, body)
-        prompts = [await make_prompt(request, body, one) for one in body.prompt]
+        prompts = [await make_prompt(server, body, one, salt) for one in body.prompt]
     jobs = [make_job(p, params, body.n or 1, body.priority) for p in prompts]
     options = CompletionOptions(
         names=TokenNames(llm, as_ids=bool(body.return_tokens_as_token_ids)),

@@ -21,7 +21,7 @@ from server.errors import (
     unsupported,
 )
 from server.protocol.embeddings import EmbeddingRequest
-from server.routes.common import make_prompt, receive
+from server.routes.common import cache_salt, make_prompt, receive
 from server.state import Server, new_id
 from server.submission import Submission, engine_errors
 
@@ -48,30 +48,89 @@ class PooledInput:
 async def create_embedding(request: web.Request) -> web.Response:
     """Embeds one or more inputs."""
     server, body, num_tokens = await receive(request, EmbeddingRequest)
-    model = server.check_model(body.model)
+    check(server, body)
+    with open_call(request, server, len(body.input), num_tokens) as call:
+        answer = await embed(server, call, body, cache_salt(request, body))
+        if answer.size < MOST_NUMBERS_AT_ONCE:
+            return json_response(answer.whole())
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            server.executor, lambda: json_response(answer.whole())
+        )
+
+
+def check(server: Server, body: EmbeddingRequest) -> None:
+    """Refuses what needs no model to be known as wrong.
+
+    Raises:
+        ApiError: Names the field.
+    """
+    server.check_model(body.model)
     if "messages" in (body.model_extra or {}):
         raise unsupported("messages")
-    with open_call(request, server, len(body.input), num_tokens) as call:
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EmbeddingAnswer:
+    """An answer whose numbers are still to be written.
+
+    Attributes:
+        fields: All but the vectors.
+        embeddings: The vectors.
+        as_text: Whether they are written in base 64.
+    """
+
+    fields: dict[str, Any]
+    embeddings: Sequence[Any]
+    as_text: bool
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are."""
+        return sum(map(len, self.embeddings))
+
+    def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        data = [
+            {
+                "object": "embedding",
+                "index": i,
+                "embedding": _encode(vector, self.as_text),
+            }
+            for i, vector in enumerate(self.embeddings)
+        ]
+        return self.fields | {"data": data}
+
+
+async def embed(
+    server: Server, call: Call, body: EmbeddingRequest, salt: str | None
+) -> EmbeddingAnswer:
+    """Runs a checked request.
+
+    Raises:
+        ApiError: A field is wrong, or the engine refuses it.
+    """
+    async with call.limit():
+        inputs = await _inputs(server, body, salt)
+    submission = Submission(server, call, inputs, NAMES)
+    with contextlib.closing(submission):
+        await submission.open()
         async with call.limit():
-            inputs = await _inputs(request, body)
-        submission = Submission(server, call, inputs, NAMES)
-        with contextlib.closing(submission):
-            await submission.open()
-            async with call.limit():
-                embeddings = await _collect(submission, call, len(inputs))
-        count = call.num_prompt_tokens
-        answer = {
-            "id": f"embd-{body.request_id}" if body.request_id else new_id("embd-"),
-            "object": "list",
-            "created": int(time.time()),
-            "model": model,
-            "usage": {"prompt_tokens": count, "total_tokens": count},
-        }
-        as_text = body.encoding_format == "base64"
-        return await _respond(server, answer, embeddings, as_text=as_text)
+            embeddings = await _collect(submission, call, len(inputs))
+    count = call.num_prompt_tokens
+    fields = {
+        "id": f"embd-{body.request_id}" if body.request_id else new_id("embd-"),
+        "object": "list",
+        "created": int(time.time()),
+        "model": server.check_model(body.model),
+        "usage": {"prompt_tokens": count, "total_tokens": count},
+    }
+    return EmbeddingAnswer(fields, embeddings, body.encoding_format == "base64")
 
 
-async def _inputs(request: web.Request, body: EmbeddingRequest) -> list[PooledInput]:
+async def _inputs(
+    server: Server, body: EmbeddingRequest, salt: str | None
+) -> list[PooledInput]:
     with engine_errors(NAMES):
         params = PoolingParams(
             pooling=body.pooling or "last",
@@ -79,7 +138,7 @@ async def _inputs(request: web.Request, body: EmbeddingRequest) -> list[PooledIn
             dimensions=body.dimensions,
             truncate_prompt_tokens=body.truncate_prompt_tokens,
         )
-        prompts = [await make_prompt(request, body, one) for one in body.input]
+        prompts = [await make_prompt(server, body, one, salt) for one in body.input]
     return [PooledInput(prompt, params, body.priority or 0) for prompt in prompts]
 
 
@@ -118,22 +177,6 @@ def _vector(output: EmbeddingRequestOutput) -> Any:
     if reason == "abort":
         raise unavailable("the request was ended by the server", "aborted")
     return output.outputs.embedding
-
-
-async def _respond(
-    server: Server, answer: dict[str, Any], embeddings: Sequence[Any], *, as_text: bool
-) -> web.Response:
-    def write() -> web.Response:
-        data = [
-            {"object": "embedding", "index": i, "embedding": _encode(vector, as_text)}
-            for i, vector in enumerate(embeddings)
-        ]
-        return json_response(answer | {"data": data})
-
-    if sum(map(len, embeddings)) < MOST_NUMBERS_AT_ONCE:
-        return write()
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(server.executor, write)
 
 
 def _encode(vector: Any, as_text: bool) -> list[float] | str:  # noqa: FBT001
