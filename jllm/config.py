@@ -73,10 +73,11 @@ class EngineConfig:
         None, "folder of compiled programs; none is the user's cache folder"
     )
     executables: str | None = _option(
-        None,
+        "auto",
         "folder of exported executables, filled by the first start and loaded by the "
         "next ones, which then trace and compile nothing; its files are run, so that "
-        "it must be the user's own; none exports nothing",
+        "it must be the user's own; auto loads what `jllm compile` left beside the "
+        "model and exports nothing; none does neither",
     )
 
     def __post_init__(self) -> None:

@@ -42,9 +42,19 @@ def create_engine(config: EngineConfig) -> Engine | Replicas:
         ModelNotFoundError, UnsupportedModelError, CheckpointError: See `jllm.errors`.
     """
     use_compilation_cache(
-        config.compilation_cache_dir, fills=config.executables is None
+        config.compilation_cache_dir, fills=config.executables in (None, "auto")
     )
     files = resolve_files(config)
+    engines = [_create_replica(config, files, mesh) for mesh in meshes_of(config)]
+    return engines[0] if len(engines) == 1 else Replicas(engines)
+
+
+def meshes_of(config: EngineConfig) -> tuple[jax.sharding.Mesh, ...]:
+    """The mesh of each replica, on the first of JAX's devices.
+
+    Raises:
+        ConfigError: There are not enough.
+    """
     size, replicas = config.tensor_parallel_size, config.data_parallel_size
     devices = jax.devices()
     if size * replicas > len(devices):
@@ -52,11 +62,9 @@ def create_engine(config: EngineConfig) -> Engine | Replicas:
             f"tensor_parallel_size={size} x data_parallel_size={replicas} needs "
             f"{size * replicas} devices, but there are {len(devices)}"
         )
-    mesh = make_mesh(tensor=size, data=replicas, devices=devices[: size * replicas])
-    engines = [
-        _create_replica(config, files, sub_mesh) for sub_mesh in replica_meshes(mesh)
-    ]
-    return engines[0] if replicas == 1 else Replicas(engines)
+    return replica_meshes(
+        make_mesh(tensor=size, data=replicas, devices=devices[: size * replicas])
+    )
 
 
 def use_compilation_cache(folder: str | None, *, fills: bool) -> None:
@@ -87,33 +95,55 @@ def eos_token_ids(files: CheckpointFiles) -> tuple[int, ...]:
 def _create_replica(
     config: EngineConfig, files: CheckpointFiles, mesh: jax.sharding.Mesh
 ) -> Engine:
-    device = mesh.devices.flat[0]
+    target = Target.of(mesh.devices.flat[0])
+    plan = plan_start(config, files, mesh, target, device_capacity(mesh))
+    # Compiled from shapes, while the weights are read.
+    compiling = plan.start()
+    try:
+        weights = make_weights(config, files, plan.model, mesh, plan.resolved.dtype)
+        # Closes what it replaces, so that only the newest is left to close.
+        compiling = fitting_programs(plan, compiling)
+        return _assemble(plan, compiling, weights)
+    except BaseException:
+        compiling.programs.close()
+        raise
+
+
+def plan_start(
+    config: EngineConfig,
+    files: CheckpointFiles,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    target: Target,
+    capacity: int,
+) -> StartPlan:
+    """Decides everything about a replica that needs neither weights nor devices.
+
+    Args:
+        config: The options.
+        files: The checkpoint's settings.
+        mesh: Devices that share each layer.
+        target: What they are.
+        capacity: Bytes that each of them can give.
+
+    Raises:
+        ConfigError, UnsupportedModelError: An option, or a value of config.json, does
+            not fit.
+    """
     vocab_size = read_integer(files.config, "vocab_size")
-    resolved = resolve_options(config, files.config, device.platform, vocab_size)
-    capacity = device_capacity(mesh)
+    resolved = resolve_options(config, files.config, target.platform, vocab_size)
     model = build_model(
         files.config,
         ModelOptions(
             dtype=resolved.dtype,
             kv_dtype=resolved.kv_dtype,
-            kv_width_multiple=128 if device.platform == "tpu" else 1,
+            kv_width_multiple=128 if target.platform == "tpu" else 1,
             max_model_len=resolved.max_model_len,
             attention=config.attention,
-            target=Target.of(device),
+            target=target,
             mesh=mesh if mesh.size > 1 else None,
         ),
     )
-    plan = StartPlan(config, files, resolved, model, mesh, capacity)
-    # Compiled from shapes, while the weights are read.
-    compiling = plan.start()
-    try:
-        weights = make_weights(config, files, model, mesh, resolved.dtype)
-        # Closes what it replaces, so that only the newest is left to close.
-        compiling = _fitting_programs(plan, compiling)
-        return _assemble(plan, compiling, weights)
-    except BaseException:
-        compiling.programs.close()
-        raise
+    return StartPlan(config, files, resolved, model, mesh, capacity)
 
 
 def resolve_files(config: EngineConfig) -> CheckpointFiles:
@@ -142,7 +172,12 @@ def make_weights(
     return load_weights(files, specs, places, dtype, ignore=ignore)
 
 
-def _fitting_programs(plan: StartPlan, compiling: Compiling) -> Compiling:
+def fitting_programs(plan: StartPlan, compiling: Compiling) -> Compiling:
+    """Waits for the programs to be able to serve; see `programs_that_fit`.
+
+    Raises:
+        ConfigError: The kernels asked for cannot run the model.
+    """
     try:
         return programs_that_fit(plan, compiling)
     except NotImplementedError as error:  # "auto" would have gone on to another kernel

@@ -203,7 +203,7 @@ class Programs:
     Args:
         builder: Compiles a program.
         options: Sizes.
-        store: Where executables are loaded from and written to, if anywhere.
+        store: Where executables are loaded from and perhaps written to, if anywhere.
     """
 
     def __init__(
@@ -390,6 +390,6 @@ class Programs:
             self._fallbacks.update(executable.fallbacks)
             self._num_loaded += found is not None
             self._num_compiled += found is None
-        if store and found is None:
+        if store and store.fills and found is None:
             store.save(num_blocks, key, executable, trees)
         return executable.program
