@@ -177,7 +177,7 @@ def replica_cost(start: StartPlan) -> ReplicaCost:
             GroupCost(
                 window=group.window,
                 kv_bytes=len(group.layers) * token // tensor,
-                width=sum(specs[i]["out"].shape[1] for i in group.layers) // tensor,
+                width=sum(specs[i]["out"].shape[-1] for i in group.layers) // tensor,
             )
             for group in model.cache_groups
         ),
@@ -190,7 +190,7 @@ def replica_cost(start: StartPlan) -> ReplicaCost:
 def farthest(topology: Topology, num_devices: int) -> int:
     """Hops between the farthest of some devices on a torus, as nearly square as can be.
 
-    None where every device is next to every other one.
+    There are none where every device is next to every other one.
     """
     axes = len(topology.shape)
     if axes == 1:

@@ -48,6 +48,23 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Replica:
+    """What is known of each of a replica's devices, however many replicas there are.
+
+    Attributes:
+        cost: What steps ask of it.
+        memory: What lies on it.
+        token_budget: Most tokens of a step.
+        keys: Kind and size of the step programs.
+    """
+
+    cost: ReplicaCost
+    memory: DeviceMemory
+    token_budget: int
+    keys: tuple[tuple[str, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Step:
     """A step program at the roofline, and compiled.
 
@@ -105,16 +122,25 @@ class Search:
     num_compiled: int
 
 
-def estimate(task: Task, layout: Layout) -> Plan:
-    """Plans a layout by the roofline alone; no compiler is needed.
+def describe(task: Task, layout: Layout) -> Replica:
+    """A replica without its devices; no compiler is needed.
 
     Raises:
         ConfigError: The model cannot be divided like that.
         UnsupportedModelError: There is no such model.
     """
-    start = _start(task, layout, abstract_mesh(tensor=layout.tensor))
-    memory = device_memory(start, start.expected_temporaries())
-    return _plan(task, layout, start, memory, ())
+    mesh = abstract_mesh(tensor=layout.tensor, pipe=layout.pipeline)
+    start = _start(task, layout, mesh)
+    return _replica(start, device_memory(start, start.expected_temporaries()))
+
+
+def estimate(task: Task, layout: Layout) -> Plan:
+    """Plans a layout by the roofline alone.
+
+    Raises:
+        ConfigError, UnsupportedModelError: As for `describe`.
+    """
+    return _plan(task, layout, describe(task, layout), ())
 
 
 def compile_plan(
@@ -149,13 +175,17 @@ def compile_plan(
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"{layout}: the compiler refuses: {error}") from error
     memory = device_memory(start, temporaries(start, steps), num_blocks)
-    plan = _plan(task, layout, start, memory, tuple(steps))
+    plan = _plan(task, layout, _replica(start, memory), tuple(steps))
     require(plan)
     return plan
 
 
 def search(
-    task: Task, *, most_compiled: int, tell: Callable[[Layout, CompiledStep], None]
+    task: Task,
+    *,
+    most_compiled: int,
+    tell: Callable[[Layout, CompiledStep], None],
+    described: Callable[[Task, Layout], Replica] = describe,
 ) -> Search:
     """Plans every layout that takes all devices, best first.
 
@@ -166,12 +196,13 @@ def search(
         task: What is planned.
         most_compiled: How many are compiled.
         tell: Called after each program.
+        described: Gives the replica of a layout, for a caller that knows it already.
     """
     plans: list[Plan] = []
     refused: list[tuple[Layout, str]] = []
     for layout in all_layouts(task.topology):
         try:
-            plan = estimate(task, layout)
+            plan = _plan(task, layout, described(task, layout), ())
             require(plan)
         except ConfigError as error:
             refused.append((layout, str(error)))
@@ -215,28 +246,32 @@ def _start(task: Task, layout: Layout, mesh: Any) -> StartPlan:
     return plan_start(config, task.files, mesh, device.target, device.memory)
 
 
+def _replica(start: StartPlan, memory: DeviceMemory) -> Replica:
+    return Replica(
+        cost=replica_cost(start),
+        memory=memory,
+        token_budget=start.resolved.token_budget,
+        keys=step_keys(start, "all"),
+    )
+
+
 def _plan(
-    task: Task,
-    layout: Layout,
-    start: StartPlan,
-    memory: DeviceMemory,
-    compiled: tuple[CompiledStep, ...],
+    task: Task, layout: Layout, replica: Replica, compiled: tuple[CompiledStep, ...]
 ) -> Plan:
-    cost = replica_cost(start)
+    cost, memory = replica.cost, replica.memory
     speed = throughput(
         cost,
         memory,
         task.topology,
         layout,
         workload=task.workload,
-        token_budget=start.resolved.token_budget,
+        token_budget=replica.token_budget,
         price=task.price,
     )
     found = {(step.kind, step.size): step for step in compiled}
-    keys = tuple(found) or step_keys(start, "all")
     hops = farthest(task.topology, layout.tensor)
     steps: list[Step] = []
-    for kind, size in keys:
+    for kind, size in tuple(found) or replica.keys:
         at = _step_cost(cost, kind, size, task.workload)
         seconds = at.seconds(task.topology.device, hops)
         steps.append(Step(kind, size, at, seconds, found.get((kind, size))))

@@ -1,6 +1,7 @@
 """Tokens per second of a queue that never empties, and what they cost."""
 
 import dataclasses
+import math
 
 from jllm.plan.cost import ReplicaCost, farthest
 from jllm.plan.memory import DeviceMemory
@@ -25,7 +26,7 @@ class Throughput:
     """What all replicas together do at the roofline.
 
     Attributes:
-        rows: Requests that run at once in each replica.
+        rows: Requests that run at once in each replica, shared by the stages.
         decode_seconds: A step of decode in the middle of their answers.
         prefill_seconds: The share of a prompt in the steps that compute prompts.
         output_tokens_per_second: Of all replicas, prompts computed beside them.
@@ -67,17 +68,19 @@ def throughput(
     if not rows:
         return None
     device, hops = topology.device, farthest(topology, layout.tensor)
-    step = cost.decode(rows, prompt + answer / 2)
+    # Each stage computes its share of the rows, and hands them on.
+    stages = layout.pipeline
+    step = cost.decode(math.ceil(rows / stages), prompt + answer / 2)
     decode = step.seconds(device, hops)
     filled = cost.prefill(token_budget, prompt)
     prefill = filled.seconds(device, hops) * prompt / token_budget
-    speed = layout.data * rows * answer / (answer * decode + rows * prefill)
+    speed = layout.data * rows * answer / (stages * answer * decode + rows * prefill)
     hourly = None if price is None else price * layout.num_devices
     return Throughput(
         rows=rows,
         decode_seconds=decode,
         prefill_seconds=prefill,
         output_tokens_per_second=speed,
-        decode_tokens_per_second=layout.data * rows / decode,
+        decode_tokens_per_second=layout.data * rows / stages / decode,
         dollars_per_million=None if hourly is None else hourly / 3600 / speed * 1e6,
     )
