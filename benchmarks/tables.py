@@ -451,6 +451,47 @@ def aot_estimates() -> str:
     )
 
 
+def plans() -> str:
+    """What published models need and could reach on devices that are not here."""
+    rows = latest(record.read("plans"), "model", "topology", "tensor")
+    return markdown(
+        [
+            "model",
+            "devices",
+            "tensor x data",
+            "GiB weights",
+            "GiB KV",
+            "GiB temporaries",
+            "requests of 2k / 8k / 32k",
+            "decode, ms",
+            "output tokens/s",
+            "$ per million",
+            "compiled in, s",
+        ],
+        [_plan(row) for row in rows],
+    )
+
+
+def _plan(row: dict[str, Any]) -> list[object]:
+    memory, layout, speed = (
+        row[key] for key in ("memory_per_device", "layout", "throughput")
+    )
+    requests = row["concurrent_requests"].values()
+    dollars = speed["dollars_per_million"]
+    seconds = sum(step["compiled"]["compile_seconds"] for step in row["steps"])
+    return [
+        row["model"],
+        f"{row['topology']} ({row['num_devices']})",
+        f"{layout['tensor']} x {layout['data']}",
+        *(f"{memory[key] / 2**30:.2f}" for key in ("weights", "pool", "temporaries")),
+        " / ".join("-" if count is None else f"{count:,}" for count in requests),
+        f"{speed['decode_seconds'] * 1e3:.1f}",
+        f"{speed['output_tokens_per_second']:,.0f}",
+        "-" if dollars is None else f"{dollars:.2f}",
+        f"{seconds:.0f}",
+    ]
+
+
 def _estimated_on() -> list[str]:
     return [f"estimated µs, {name}" for name in TPUS]
 
@@ -489,6 +530,7 @@ TABLES: dict[str, Callable[[], str]] = {
         kv_waste,
         peer_ratios,
         peers,
+        plans,
         prefix_cache,
         routing,
         sampling_draw,

@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any, NoReturn, Protocol
 
 from jllm.bench.cli import add_parser as add_bench_parser
-from jllm.commands import convert, hosts, inspect
+from jllm.commands import compile as compile_command
+from jllm.commands import convert, hosts, inspect, plan
 from jllm.config import EngineConfig
 from jllm.errors import EngineStoppedError, InvalidRequestError, JllmError
 from jllm.flags import add_flags, given_values
@@ -124,6 +125,8 @@ def make_parser() -> argparse.ArgumentParser:
         _add_plugin(commands, point.name, point.load())
     inspect.add_parser(commands)
     convert.add_parser(commands)
+    plan.add_parser(commands)
+    compile_command.add_parser(commands)
     environment = commands.add_parser(
         "env", help="print versions and devices", allow_abbrev=False
     )

@@ -146,10 +146,11 @@ class EngineConfig:
         None, "folder of compiled programs; none is the user's cache folder"
     )
     executables: str | None = _option(
-        None,
+        "auto",
         "folder of exported executables, filled by the first start and loaded by the "
         "next ones, which then trace and compile nothing; its files are run, so that "
-        "it must be the user's own; none exports nothing",
+        "it must be the user's own; auto loads what `jllm compile` left beside the "
+        "model and exports nothing; none does neither",
     )
     hosts: HostConfig | None = _option(None, "how several hosts share the engine")
     logits_processors: Sequence[Any] = _option(
@@ -204,7 +205,7 @@ class EngineConfig:
     def _check_processors(self) -> None:
         processors = make_processors(self.logits_processors)
         object.__setattr__(self, "logits_processors", processors)
-        if processors and self.executables is not None:
+        if processors and self.executables not in (None, "auto"):
             raise ConfigError(
                 "executables cannot be exported with logits_processors: a file cannot "
                 "tell whether a function is still the same"
@@ -228,7 +229,7 @@ class EngineConfig:
                 f"data_parallel_size={self.data_parallel_size} must be 1 with several "
                 "hosts: start each replica with hosts of its own"
             )
-        if self.executables is not None:
+        if self.executables not in (None, "auto"):
             raise ConfigError("executables cannot be exported by several hosts")
 
     def _check_integer(self, field: str, low: int) -> None:

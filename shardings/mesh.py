@@ -56,14 +56,16 @@ def make_mesh(
     )
 
 
-def abstract_mesh(*, tensor: int = 1) -> AbstractMesh:
+def abstract_mesh(*, tensor: int = 1, pipe: int = 1) -> AbstractMesh:
     """A mesh without devices: to say how arrays would be divided.
 
     Args:
         tensor: Devices that share each layer.
+        pipe: Stages that share the stack of layers.
     """
+    sizes = {TENSOR: tensor, PIPE: pipe}
     return AbstractMesh(
-        tuple(tensor if axis == TENSOR else 1 for axis in AXES),
+        tuple(sizes.get(axis, 1) for axis in AXES),
         AXES,
         axis_types=(AxisType.Auto,) * len(AXES),
     )

@@ -1,10 +1,12 @@
 """Tiny engines with random weights, for tests; one per set of options and process."""
 
+import contextlib
 import functools
 import json
 import pathlib
 import tempfile
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -29,6 +31,21 @@ LLAMA = {
     "eos_token_id": 2,
     "torch_dtype": "float32",
 }
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+"""Llama-3.1-8B, to plan for; without its RoPE scaling."""
 QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 SMALL = {
     "max_num_seqs": 8,
@@ -37,6 +54,7 @@ SMALL = {
     "compile_ahead": False,
 }
 """Few rows and tokens, and two programs, which compile in a moment."""
+WORK = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile")
 
 
 def random_tensors(config, seed=0):
@@ -146,3 +164,18 @@ def run(engine, requests, **kwargs):
     for item in requests:
         engine.add(item)
     return tokens_of(drain(engine, **kwargs))
+
+
+@contextlib.contextmanager
+def counted_work():
+    """Names of all traces, lowerings and compilations in the block."""
+    found = []
+
+    def record(name, *_, **__):
+        found.extend(word for word in WORK if word in name)
+
+    jax.monitoring.register_event_duration_secs_listener(record)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(record)

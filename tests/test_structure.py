@@ -31,11 +31,12 @@ SHARED_MODEL_FILES = {"__init__", "base", "registry"}
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load"}
 UNWANTED_NAMES = {"os.environ", "os.getenv", "typing.TYPE_CHECKING"}
-# libtpu tells its compiler's flags in no other way.
+# libtpu tells its compiler's flags, and takes its settings, in no other way.
 # Slurm and GKE tell a process in no other way which host it is.
 ENVIRONMENT_READERS = {
     "jllm/commands/hosts.py": {"os.environ"},
     "jllm/engine/executables.py": {"os.environ"},
+    "jllm/plan/described.py": {"os.environ"},
 }
 # Paths of a developer's machine; the project speaks of itself alone.
 FOREIGN_PATHS = re.compile(r"/work/|/root/|/home/|\.\./shared")

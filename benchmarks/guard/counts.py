@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from jllm.plan.hlo import Instruction, parse_instruction
 from tests.aot import hlo
 
 NO_LAUNCH = frozenset(
@@ -39,7 +40,7 @@ CALLED = re.compile(r"[={,] ?%?([\w.\-]+)")
 """Names after an equals sign or in a list; those of computations are looked up."""
 
 
-def executed(text: str) -> Iterator[hlo.Instruction]:
+def executed(text: str) -> Iterator[Instruction]:
     """Instructions that run by themselves: of the entry and what it calls or repeats.
 
     Not those inside of a fusion, nor those of the function of a reduction or a sort.
@@ -50,7 +51,7 @@ def executed(text: str) -> Iterator[hlo.Instruction]:
     waiting, seen = [entry[1]], {entry[1]}
     while waiting:
         for line in computations[waiting.pop()]:
-            instruction = hlo.parse_instruction(line)
+            instruction = parse_instruction(line)
             if instruction is None:
                 continue
             yield instruction

@@ -90,7 +90,7 @@ def _measure(
     config: EngineConfig, options: argparse.Namespace
 ) -> dict[str, list[dict[str, float]]]:
     """Each kind of start so many times; folders are new and removed afterwards."""
-    if config.executables is not None or config.compilation_cache_dir is not None:
+    if config.executables != "auto" or config.compilation_cache_dir is not None:
         raise InvalidRequestError(
             "executables and compilation_cache_dir are chosen by the benchmark"
         )

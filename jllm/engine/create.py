@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jllm.config import EngineConfig, SchedulerConfig
 from jllm.distributed.facts import make_facts
@@ -57,7 +57,7 @@ def create_engine(config: EngineConfig) -> Engine | Replicas:
             "only the host with host_id=0 has an engine; call jllm.follow"
         )
     use_compilation_cache(
-        config.compilation_cache_dir, fills=config.executables is None
+        config.compilation_cache_dir, fills=config.executables in (None, "auto")
     )
     files = resolve_files(config)
     leader = None
@@ -98,7 +98,7 @@ def make_meshes(config: EngineConfig) -> tuple[Mesh, ...]:
     return replica_meshes(mesh)
 
 
-def device_mesh(config: EngineConfig) -> jax.sharding.Mesh:
+def device_mesh(config: EngineConfig) -> Mesh:
     """The first devices, as many as all axes together need.
 
     Raises:
@@ -153,7 +153,7 @@ def plan_replica(
     mesh: Mesh,
     leader: Leader | None = None,
 ) -> StartPlan:
-    """Decides all that can be decided before weights are read.
+    """Decides about a replica on devices that are there.
 
     Args:
         config: The options.
@@ -161,22 +161,47 @@ def plan_replica(
         mesh: Devices of the replica.
         leader: The other hosts, on the first of several.
     """
-    device = mesh.local_devices[0]
-    vocab_size = read_integer(files.config, "vocab_size")
-    resolved = resolve_options(config, files.config, device.platform, vocab_size)
-    check_processors(resolved.processors, vocab_size)
     capacity = device_capacity(mesh)
     if leader is not None:
         capacity = leader.least_capacity(capacity)
+    target = Target.of(mesh.local_devices[0])
+    return plan_start(config, files, mesh, target, capacity, leader)
+
+
+def plan_start(
+    config: EngineConfig,
+    files: CheckpointFiles,
+    mesh: Mesh | AbstractMesh,
+    target: Target,
+    capacity: int,
+    leader: Leader | None = None,
+) -> StartPlan:
+    """Decides everything about a replica that needs neither weights nor devices.
+
+    Args:
+        config: The options.
+        files: The checkpoint's settings.
+        mesh: Devices of the replica.
+        target: What they are.
+        capacity: Bytes that each of them can give.
+        leader: The other hosts, on the first of several.
+
+    Raises:
+        ConfigError, UnsupportedModelError: An option, or a value of config.json, does
+            not fit.
+    """
+    vocab_size = read_integer(files.config, "vocab_size")
+    resolved = resolve_options(config, files.config, target.platform, vocab_size)
+    check_processors(resolved.processors, vocab_size)
     model = build_model(
         files.config,
         ModelOptions(
             dtype=resolved.dtype,
             kv_dtype=resolved.kv_dtype,
-            kv_width_multiple=128 if device.platform == "tpu" else 1,
+            kv_width_multiple=128 if target.platform == "tpu" else 1,
             max_model_len=resolved.max_model_len,
             attention=config.attention,
-            target=Target.of(device),
+            target=target,
             mesh=mesh if mesh.size > 1 else None,
         ),
     )
@@ -194,7 +219,7 @@ def _create_replica(
     try:
         weights = plan_weights(plan)
         # Closes what it replaces, so that only the newest is left to close.
-        compiling = _fitting_programs(plan, compiling)
+        compiling = fitting_programs(plan, compiling)
         engine = _assemble(plan, compiling, weights)
     except BaseException:
         compiling.programs.close()
@@ -237,7 +262,12 @@ def make_weights(
     return load_weights(files, specs, places, dtype, ignore=ignore)
 
 
-def _fitting_programs(plan: StartPlan, compiling: Compiling) -> Compiling:
+def fitting_programs(plan: StartPlan, compiling: Compiling) -> Compiling:
+    """Waits for the programs to be able to serve; see `programs_that_fit`.
+
+    Raises:
+        ConfigError: The kernels asked for cannot run the model.
+    """
     try:
         return programs_that_fit(plan, compiling)
     except NotImplementedError as error:  # "auto" would have gone on to another kernel

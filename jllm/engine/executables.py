@@ -123,6 +123,15 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
+def folder_beside(model: Path) -> Path:
+    """Where `jllm compile` leaves executables, and a start looks for them.
+
+    Args:
+        model: Folder or file of the checkpoint.
+    """
+    return (model if model.is_dir() else model.parent) / "executables"
+
+
 class ExecutableStore:
     """The executables of one model on one machine, in a folder per size of the pool.
 
@@ -130,9 +139,17 @@ class ExecutableStore:
         folder: Made if missing; must belong to the user.
         name: Fingerprint of everything but the pool.
         devices: Devices that run the programs.
+        fills: Whether programs that are not there are to be written.
     """
 
-    def __init__(self, folder: str | Path, name: str, devices: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        devices: Sequence[Any],
+        *,
+        fills: bool = True,
+    ) -> None:
         """Makes the folder.
 
         Raises:
@@ -140,6 +157,7 @@ class ExecutableStore:
         """
         self._folder = Path(folder).expanduser() / name
         self._devices = list(devices)
+        self.fills = fills
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -152,6 +170,27 @@ class ExecutableStore:
                     f"executables={str(folder)!r}: {path} must belong to the user and "
                     "be writable by nobody else, since its files are run"
                 )
+
+    @classmethod
+    def found(
+        cls, folder: Path, name: str, devices: Sequence[Any]
+    ) -> "ExecutableStore | None":
+        """The executables in a folder, to be read only; None if there are none.
+
+        Nor are there any for a user who does not own the folder alone: that is logged.
+        """
+        try:
+            if not (folder / name).is_dir():
+                return None
+            return cls(folder, name, devices, fills=False)
+        except (OSError, ConfigError) as error:
+            logger.warning("programs are compiled, not loaded: %s", error)
+            return None
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are, in a folder per pool."""
+        return self._folder
 
     def pools(self) -> tuple[int, ...]:
         """Pool sizes, in blocks, of which there are executables; ascending."""

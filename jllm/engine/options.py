@@ -19,6 +19,7 @@ class Resolved:
     """The options with everything decided that "auto" left open.
 
     Attributes:
+        platform: Kind of device, which need not be there.
         dtype: Type of weights and activations.
         kv_dtype: Type of the pool.
         max_model_len: Longest context wanted.
@@ -31,6 +32,7 @@ class Resolved:
         processors: Functions of the user over the scores.
     """
 
+    platform: str
     dtype: str
     kv_dtype: str
     max_model_len: int
@@ -82,6 +84,7 @@ def resolve_options(
     max_logprobs = vocab_size if config.max_logprobs == -1 else config.max_logprobs
     dtype = config.dtype if config.dtype != "auto" else saved_dtype(model_config)
     return Resolved(
+        platform=platform,
         dtype=dtype,
         kv_dtype="uint16" if is_cpu and jnp.dtype(dtype).itemsize == 2 else dtype,
         max_model_len=max_model_len,

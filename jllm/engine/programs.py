@@ -230,7 +230,7 @@ class Programs:
     Args:
         builder: Compiles a program.
         options: Sizes.
-        store: Where executables are loaded from and written to, if anywhere.
+        store: Where executables are loaded from and perhaps written to, if anywhere.
         readiness: What the other hosts have, where there are some.
     """
 
@@ -437,7 +437,7 @@ class Programs:
             self._fallbacks.update(executable.fallbacks)
             self._num_loaded += found is not None
             self._num_compiled += found is None
-        if store and found is None:
+        if store and store.fills and found is None:
             store.save(num_blocks, key, executable, trees)
         if self._readiness is not None:
             self._readiness.note_ready(num_blocks, key)

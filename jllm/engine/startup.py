@@ -9,15 +9,16 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jllm.config import EngineConfig, WindowPool
 from jllm.distributed.leader import Leader
 from jllm.engine.builder import ProgramBuilder
-from jllm.engine.executables import ExecutableStore, fingerprint
+from jllm.engine.executables import ExecutableStore, fingerprint, folder_beside
 from jllm.engine.memory import (
     MemoryBudget,
     PoolSizes,
@@ -59,7 +60,7 @@ class StartPlan:
         files: The checkpoint's settings.
         resolved: What follows from both.
         model: The network.
-        mesh: Devices that share each layer.
+        mesh: Devices that share each layer; one without devices does to count bytes.
         capacity: Bytes that each device can give.
         leader: The other hosts, on the first of several.
     """
@@ -68,7 +69,7 @@ class StartPlan:
     files: CheckpointFiles
     resolved: Resolved
     model: Model
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     capacity: int
     leader: Leader | None = None
 
@@ -78,9 +79,10 @@ class StartPlan:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def platform(self) -> str:
-        """Kind of device."""
-        return self.mesh.devices.flat[0].platform
+    def devices(self) -> list[Any]:
+        """The devices of the mesh, in order."""
+        assert isinstance(self.mesh, Mesh)
+        return list(self.mesh.devices.flat)
 
     def weights(self) -> Weights:
         """Shapes, types and places of the weights."""
@@ -121,6 +123,18 @@ class StartPlan:
         options = program_options(self.resolved, self.model, blocks_per_row)
         return describe_state(self.model, options, self.place).flights
 
+    def builder(self, num_blocks: int, *, use_cache: bool = True) -> ProgramBuilder:
+        """Compiles the programs for a pool.
+
+        Args:
+            num_blocks: Blocks of the pool.
+            use_cache: Whether programs may come from JAX's cache.
+        """
+        options = program_options(self.resolved, self.model, num_blocks)
+        return ProgramBuilder(
+            self.model, options, self.weights(), self.place, use_cache=use_cache
+        )
+
     def expected_temporaries(self) -> int:
         """What the largest program will need, generously.
 
@@ -133,16 +147,13 @@ class StartPlan:
         ]
         widest = max(spec.size // spec.shape[-1] for spec in layers)
         activations = ACTIVATION_COPIES * 4 * self.resolved.token_budget * widest
-        options = program_options(self.resolved, self.model, 1)
-        builder = ProgramBuilder(self.model, options, self.weights(), self.place)
-        logits = builder.logits(options.table_rows)
+        logits = self.builder(1).logits(self.resolved.sizes.rows[-1])
         # What is stacked over stages is divided among them.
         sharing = self.mesh.shape["tensor"] * self.mesh.shape["pipe"]
         return max(activations // sharing, sampler_bytes(logits))
 
     def fingerprint(self) -> str:
         """Names all that the programs depend on but the pool."""
-        devices = list(self.mesh.devices.flat)
         facts = (
             json.dumps(dict(self.files.config), sort_keys=True),
             dataclasses.replace(self.model.options, mesh=None),
@@ -151,14 +162,18 @@ class StartPlan:
             self.resolved.max_model_len,
             [str(leaf) for leaf in jax.tree.leaves(self.weights())],
         )
-        return fingerprint(devices, *facts)
+        return fingerprint(self.devices, *facts)
 
     def store(self, name: str) -> ExecutableStore | None:
-        """Where executables are exported to, if they are."""
-        if self.config.executables is None:
+        """Where executables are loaded from and perhaps exported to, if anywhere."""
+        folder, config = self.config.executables, self.config
+        # A file can tell neither what other hosts have, nor what a function is.
+        if folder is None or self.leader is not None or config.logits_processors:
             return None
-        devices = list(self.mesh.devices.flat)
-        return ExecutableStore(self.config.executables, name, devices)
+        if folder == "auto":
+            beside = folder_beside(self.files.path)
+            return ExecutableStore.found(beside, name, self.devices)
+        return ExecutableStore(folder, name, self.devices)
 
     def pool_sizes(self, name: str) -> PoolSizes | None:
         """The pools that programs in JAX's cache were compiled for, if it has one."""
@@ -182,7 +197,7 @@ class StartPlan:
         known = [n for n in known if n <= most]
         if known and max(known) >= LEAST_SHARE_OF_POOL * most:
             return max(known)
-        is_whole = most == budget.most_useful_blocks or self.platform != "cpu"
+        is_whole = most == budget.most_useful_blocks or self.resolved.platform != "cpu"
         return most if is_whole else most - most // 16
 
     def start(self, temporaries: int | None = None) -> "Compiling":
@@ -216,9 +231,8 @@ class StartPlan:
             readiness: What the other hosts have, where there are some.
         """
         options = program_options(self.resolved, self.model, num_blocks)
-        builder = ProgramBuilder(
-            self.model, options, self.weights(), self.place, use_cache=store is None
-        )
+        fills = store is not None and store.fills
+        builder = self.builder(num_blocks, use_cache=not fills)
         programs = Programs(builder, options, store, readiness)
         programs.start()
         return Compiling(options, programs)
@@ -288,7 +302,7 @@ def program_options(
     max_blocks = -(-max_len // block_size)
     new_blocks = -(-resolved.token_budget // block_size)
     rule_layout = RuleLayout(model.padded_vocab_size)
-    platform = jax.default_backend()
+    platform = resolved.platform
     return ProgramOptions(
         sizes=resolved.sizes,
         num_blocks=num_blocks,

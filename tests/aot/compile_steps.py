@@ -10,14 +10,12 @@ keeps the text of the programs.
 
 import argparse
 import json
-import os
 import pathlib
 import time
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jllm.engine.builder import ProgramBuilder
@@ -29,11 +27,14 @@ from jllm.engine.programs import (
 from jllm.layers.kernels import Target as KernelTarget
 from jllm.models.base import ModelOptions
 from jllm.models.registry import build_model
+from jllm.plan.described import described_devices
+from jllm.plan.hlo import collectives, sums
+from jllm.plan.topology import gpu_topology, tpu_topology
 from jllm.sampling.rules import RuleLayout
 from shardings.mesh import make_mesh
 from shardings.place import tree_shardings
 from tests.aot import hlo
-from tests.aot.provenance import H200, ROOT, provenance
+from tests.aot.provenance import ROOT, provenance
 
 RESULTS = ROOT / "benchmarks" / "results" / "aot_steps.jsonl"
 
@@ -79,16 +80,10 @@ CASES = {
 
 def target_devices(platform):
     """Descriptions of four devices of the kind."""
-    if platform == "tpu":
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-        return topologies.get_topology_desc("v6e:2x2", platform="tpu").devices
-    # Autotuning would need the device.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
-    return topologies.get_topology_desc(
-        "h200", platform="cuda", topology="1x1x4", target_config=H200.read_text()
-    ).devices
+    is_tpu = platform == "tpu"
+    return described_devices(
+        tpu_topology("v6e:2x2") if is_tpu else gpu_topology("h200", 4)
+    )
 
 
 def program_options(platform, model):
@@ -177,7 +172,7 @@ class Target:
             "copies": hlo.count_copies(text),
             "large_moves": hlo.large_moves(text, sizes, pool),
             "custom_calls": hlo.custom_calls(text),
-            "collectives": hlo.collectives(text),
+            "collectives": collectives(text),
             "compile_seconds": round(seconds, 1),
         }
 
@@ -202,12 +197,8 @@ def local_bytes(leaf):
 
 def record(report):
     """Appends a line to the results, the exchanges between devices summed up."""
-    sent = {}
-    for opcode, size in report["collectives"]:
-        count, total = sent.get(opcode, (0, 0))
-        sent[opcode] = (count + 1, total + size)
     with RESULTS.open("a") as file:
-        line = {**report, "collectives": sent, **provenance()}
+        line = {**report, "collectives": sums(report["collectives"]), **provenance()}
         file.write(json.dumps(line) + "\n")
 
 

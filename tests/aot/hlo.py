@@ -1,34 +1,9 @@
-"""Reads the text of a compiled program: what moves, what is donated, what is sent."""
+"""Reads the text of a compiled program: what moves, and what is donated."""
 
-import dataclasses
-import math
 import re
 
-BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "f8e4m3fn": 1,
-    "f8e5m2": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-}
-COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
+from jllm.plan.hlo import COLLECTIVES, parse_instruction
+
 MAKES_NOTHING = {
     "parameter",
     "bitcast",
@@ -45,62 +20,7 @@ MAKES_NOTHING = {
 """Opcodes that make no array of their own; a copy is counted where it starts, and a
 weight fetched slice by slice arrives in the memory of a TPU's core."""
 
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
-ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-OPCODE = re.compile(r"(?:^|[)}\]] )([a-z][\w\-]*)\(")
 UPDATES = re.compile(r" (?:scatter|dynamic-update-slice)\(")
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One instruction that is no part of a fusion.
-
-    Attributes:
-        opcode: Its name.
-        arrays: Type, dimensions and layout of each array of its result.
-        text: The whole line.
-    """
-
-    opcode: str
-    arrays: tuple[tuple[str, tuple[int, ...], str], ...]
-    text: str
-
-    @property
-    def elements(self):
-        """Elements of the largest array of the result."""
-        return max((math.prod(dims) for _, dims, _ in self.arrays), default=0)
-
-    @property
-    def bytes(self):
-        """Bytes of all arrays of the result."""
-        return sum(
-            math.prod(dims) * BYTES.get(kind, 0) for kind, dims, _ in self.arrays
-        )
-
-    @property
-    def shape(self):
-        """The first array of the result, as HLO writes it."""
-        kind, dims, layout = self.arrays[0]
-        return f"{kind}[{','.join(map(str, dims))}]{{{layout}}}"
-
-
-def parse_instruction(line):
-    """The instruction of a line, or None."""
-    match = INSTRUCTION.match(line)
-    if match is None:
-        return None
-    # A layout holds parentheses, for example {1,0:T(8,128)}: none of them is an opcode.
-    plain = re.sub(r"\{[^{}]*\}", lambda m: "{" + "_" * (len(m[0]) - 2) + "}", match[2])
-    opcode = OPCODE.search(plain)
-    if opcode is None:
-        return None
-    result = match[2][: opcode.start(1)]
-    arrays = tuple(
-        (kind, tuple(int(d) for d in dims.split(",") if d), layout or "")
-        for kind, dims, layout in ARRAY.findall(result)
-        if kind in BYTES
-    )
-    return Instruction(opcode[1], arrays, line.strip())
 
 
 def split_computations(text):
@@ -172,19 +92,6 @@ def custom_calls(text):
     """How often each foreign kernel is called."""
     targets = re.findall(r'custom_call_target="([^"]+)"', text)
     return {target: targets.count(target) for target in sorted(set(targets))}
-
-
-def collectives(text):
-    """Opcode and bytes of every exchange between devices, wherever it stands."""
-    found = []
-    for line in text.splitlines():
-        instruction = parse_instruction(line)
-        if instruction is None:
-            continue
-        opcode = instruction.opcode.removesuffix("-start")
-        if opcode in COLLECTIVES:
-            found.append([opcode, instruction.bytes])
-    return found
 
 
 def aliased_parameters(text):

@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 
 ROOT = pathlib.Path(__file__).parents[2]
-H200 = pathlib.Path(__file__).parent / "nvidia_h200.txtpb"
+H200 = ROOT / "jllm" / "plan" / "nvidia_h200.txtpb"
 
 
 def provenance():

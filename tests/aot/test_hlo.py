@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jllm.plan.hlo import collectives
 from pallas_kernels import kv_write
 from tests.aot import hlo
 
@@ -67,7 +68,7 @@ def test_counts_donated_parameters_and_what_is_sent():
     line = "%x = f32[8,4]{1,0} all-reduce-start(%a), to_apply=%add"
     text = PROGRAM.replace("LINE", line)
     assert hlo.aliased_parameters(text) == [1, 3]
-    assert hlo.collectives(text) == [["all-reduce", 128]]
+    assert collectives(text) == [("all-reduce", 128)]
 
 
 @pytest.mark.parametrize("donate", [True, False])

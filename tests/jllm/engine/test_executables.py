@@ -1,9 +1,7 @@
 """Exported executables: what is loaded, and what is refused."""
 
-import contextlib
 import json
 
-import jax
 import pytest
 
 from jllm.config import EngineConfig
@@ -12,28 +10,12 @@ from jllm.errors import ConfigError
 from tests.engines import (
     LLAMA,
     SMALL,
+    counted_work,
     drain,
     model_folder,
     request,
     tokens_of,
 )
-
-WORK = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile")
-
-
-@contextlib.contextmanager
-def counted_work():
-    """Names of all traces, lowerings and compilations in the block."""
-    found = []
-
-    def record(name, *_, **__):
-        found.extend(word for word in WORK if word in name)
-
-    jax.monitoring.register_event_duration_secs_listener(record)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(record)
 
 
 def start(folder, **options):
