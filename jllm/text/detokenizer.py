@@ -94,6 +94,9 @@ class Detokenizer:
             for token_id in prompt_token_ids[-2 * PROMPT_CONTEXTS[-1] :]
             if token_id not in self._skipped
         ]
+        if self._joins_bytes:
+            self._ends_within_character(kept)
+            return
         for size in PROMPT_CONTEXTS:
             self._context = kept[-size:]
             self._context_text = self._decode(self._context)

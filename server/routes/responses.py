@@ -241,8 +241,10 @@ def _check(server: Server, body: ResponsesRequest) -> None:
         raise bad_request(
             "stream_options needs stream=true", "stream_options", "invalid_value"
         )
-    if options is not None and options.include_obfuscation:
-        raise unsupported("stream_options.include_obfuscation")
+    # The last event tells the usage in any case.
+    for name in type(options).model_fields if options is not None else ():
+        if getattr(options, name):
+            raise unsupported(f"stream_options.{name}")
     if body.previous_response_id is not None and not server.store.is_enabled:
         raise unsupported("previous_response_id", "this server stores no responses")
 
