@@ -3,6 +3,7 @@
 import asyncio
 import enum
 import hashlib
+import random
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -174,5 +175,10 @@ SERVER = web.AppKey("server", Server)
 
 
 def new_id(prefix: str) -> str:
-    """A fresh name such as "chatcmpl-…"."""
+    """A fresh name such as "chatcmpl-…"; asks the system for nothing."""
+    return f"{prefix}{random.getrandbits(128):032x}"
+
+
+def new_secret_id(prefix: str) -> str:
+    """A fresh name that nobody can guess, for what can be asked for by its name."""
     return f"{prefix}{uuid.uuid4().hex}"

@@ -56,7 +56,11 @@ def create_engine(config: EngineConfig) -> Engine | Replicas:
     engines = [
         _create_replica(config, files, sub_mesh) for sub_mesh in replica_meshes(mesh)
     ]
-    return engines[0] if replicas == 1 else Replicas(engines)
+    return (
+        engines[0]
+        if replicas == 1
+        else Replicas(engines, caches_prefixes=config.enable_prefix_caching)
+    )
 
 
 def use_compilation_cache(folder: str | None, *, fills: bool) -> None:

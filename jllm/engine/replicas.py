@@ -6,21 +6,32 @@ from itertools import chain
 
 from jllm.engine.admission import Limits
 from jllm.engine.engine import Engine, ModelInfo
+from jllm.engine.routing import Route, Router, prompt_pieces
 from jllm.metrics import EngineStats
 from jllm.models.base import Weights
 from jllm.types import EngineRequest, StepOutputs
 
 
 class Replicas:
-    """Sends each request to the replica with the fewest open ones.
+    """Sends each request where most of its prompt is cached, unless that one is busy.
 
     Replicas share no state: each has its own devices, weights, pool and scheduler.
     """
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
-        """Takes over engines of the same model, at least one."""
+    def __init__(
+        self, engines: Sequence[Engine], *, caches_prefixes: bool = True
+    ) -> None:
+        """Takes over engines of the same model, at least one.
+
+        Args:
+            engines: The replicas.
+            caches_prefixes: Whether they do; else the load alone counts.
+        """
         self._engines = list(engines)
-        self._owner: dict[str, Engine] = {}
+        stats = [engine.stats() for engine in engines] if caches_prefixes else []
+        tokens = [len(s.block_states) * s.block_size for s in stats]
+        self._router = Router(tokens or [0] * len(engines))
+        self._routes: dict[str, Route] = {}
 
     @property
     def limits(self) -> Limits:
@@ -44,23 +55,43 @@ class Replicas:
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request; see `Engine.add`."""
-        owner = self._owner.get(request.request_id)
-        if owner is None or not owner.is_open(request.request_id):
-            owner = min(self._engines, key=lambda engine: engine.num_open)
-        owner.add(request)
-        self._owner[request.request_id] = owner
+        owner = self._owner(request.request_id)
+        if owner is not None:
+            if owner.is_open(request.request_id):
+                # It refuses a second request of the same id.
+                owner.add(request)
+            self._end(request.request_id)
+        prompt = request.prompt_token_ids
+        route = self._router.send(
+            prompt_pieces(prompt, request.cache_salt), len(prompt)
+        )
+        try:
+            self._engines[route.replica].add(request)
+        except BaseException:
+            self._router.end(route)
+            raise
+        self._routes[request.request_id] = route
 
     def abort(self, request_id: str) -> None:
         """Ends a request; unknown ids are ignored."""
-        owner = self._owner.pop(request_id, None)
+        owner = self._owner(request_id)
         if owner is not None:
             owner.abort(request_id)
+            self._end(request_id)
 
     def abort_sequence(self, request_id: str, index: int) -> None:
         """Ends one of the sequences of a request, the others go on."""
-        owner = self._owner.get(request_id)
+        owner = self._owner(request_id)
         if owner is not None:
             owner.abort_sequence(request_id, index)
+
+    def _owner(self, request_id: str) -> Engine | None:
+        """The replica that has a request."""
+        route = self._routes.get(request_id)
+        return None if route is None else self._engines[route.replica]
+
+    def _end(self, request_id: str) -> None:
+        self._router.end(self._routes.pop(request_id))
 
     def step(self) -> StepOutputs:
         """Steps every replica; while one is waited for, the others compute."""
@@ -71,9 +102,9 @@ class Replicas:
             others=list(chain.from_iterable(step.others for step in steps)),
         )
         for output in outputs.others:
-            owner = self._owner.get(output.request_id)
+            owner = self._owner(output.request_id)
             if owner is not None and not owner.is_open(output.request_id):
-                del self._owner[output.request_id]
+                self._end(output.request_id)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -108,6 +139,7 @@ class Replicas:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prefixes of all replicas."""
+        self._router.forget()
         results = [engine.reset_prefix_cache() for engine in self._engines]
         return all(results)
 

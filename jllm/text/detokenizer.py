@@ -95,7 +95,8 @@ class Detokenizer:
             if token_id not in self._skipped
         ]
         if self._joins_bytes:
-            self._ends_within_character(kept)
+            # A character has at most four bytes, and a token at least one.
+            self._ends_within_character(kept[-PROMPT_CONTEXTS[0] :])
             return
         for size in PROMPT_CONTEXTS:
             self._context = kept[-size:]

@@ -27,7 +27,7 @@ from server.routes.chat import render
 from server.routes.common import cache_salt, make_job, parsed_output, receive
 from server.sampling import format_constraint, make_params, one_constraint
 from server.sse import EventStream
-from server.state import SERVER, Server, new_id
+from server.state import SERVER, Server, new_secret_id
 from server.submission import engine_errors
 
 logger = logging.getLogger("jllm.server")
@@ -339,7 +339,7 @@ def _head(task: Task, params: SamplingParams) -> dict[str, Any]:
     if isinstance(choice, dict):
         choice = {"type": "function", "name": choice["function"]}
     return {
-        "id": new_id("resp_"),
+        "id": new_secret_id("resp_"),
         "object": "response",
         "created_at": int(time.time()),
         "status": "in_progress",
