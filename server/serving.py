@@ -26,8 +26,6 @@ from server.state import Phase, Server
 logger = logging.getLogger("jllm.server")
 
 BACKLOG = 2048
-SWITCH_SECONDS = 0.0005
-"""How long a thread may keep another one waiting for Python's lock."""
 KEEP_ALIVE_SECONDS = 75.0
 LINGERING_SECONDS = 1.0
 """How long what is left of a refused body is read, for its client to see the answer."""
@@ -66,8 +64,6 @@ def serve(
     with contextlib.closing(listen(config)) as listener:
         turns = Turns()
         life = _Life(engine, config, make_llm or _make_async_llm, turns)
-        # The engine waits for Python's lock after every step.
-        sys.setswitchinterval(SWITCH_SECONDS)
         with asyncio.Runner(loop_factory=lambda: make_event_loop(turns)) as runner:
             return runner.run(life.run(listener, tls, keys))
 
