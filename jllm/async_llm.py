@@ -236,6 +236,7 @@ class AsyncLLM:
         probes: Probes | None = None,
         priority: int = 0,
         on_first_token: Callable[[], None] | None = None,
+        stream_interval: int = 1,
     ) -> OutputStream:
         """Queues one prompt; returns once the engine has accepted it.
 
@@ -243,7 +244,8 @@ class AsyncLLM:
         edited, and `on_first_token` is called in the event loop, whatever kind of
         outputs is asked for. The caller reads the stream to its end or closes it, which
         ends the request. With `PoolingParams` the one output is an
-        `EmbeddingRequestOutput`.
+        `EmbeddingRequestOutput`. An output waits for `stream_interval` tokens of each
+        sequence, except the first one and where a sequence ends.
         """
         params = self._default_params if sampling_params is None else sampling_params
         if not isinstance(params, (SamplingParams, PoolingParams)):
@@ -278,7 +280,7 @@ class AsyncLLM:
         opened = self._open[request_id] = OpenRequest(event_loop, on_first_token)
         try:
             prepared = await prepare()
-            await self._submit(prepared, opened)
+            await self._submit(prepared, opened, stream_interval)
         except BaseException:
             self._end(request_id)
             raise
@@ -412,9 +414,12 @@ class AsyncLLM:
         event_loop = asyncio.get_running_loop()
         return await event_loop.run_in_executor(self._encoder, function, *arguments)
 
-    async def _submit(self, prepared: PreparedRequest, opened: OpenRequest) -> None:
+    async def _submit(
+        self, prepared: PreparedRequest, opened: OpenRequest, interval: int
+    ) -> None:
         """Hands a request to the engine, and its outputs to whoever opened it."""
-        stream = make_stream(prepared, self._processor.tokenizer)
+        tokenizer = self._processor.tokenizer
+        stream = make_stream(prepared, tokenizer, interval=interval)
         opened.open(stream, partial(self._loop.abort, stream.request_id))
         request = prepared.request
         if request.probes is not None:

@@ -49,6 +49,26 @@ class Envelope:
         }
 
 
+class ChunkFrame:
+    """Puts the choices of one answer into chunks: what all repeat is written once."""
+
+    def __init__(self, envelope: Envelope) -> None:
+        """Writes what stands in front of the choices."""
+        whole = to_json(envelope.wrap([]))
+        self._head = f"data: {whole.removesuffix(']}')}"
+
+    def frame(self, choice: str, usage: str | None = None) -> bytes:
+        """One chunk as an event.
+
+        Args:
+            choice: JSON of its choice, or nothing.
+            usage: JSON of its usage; None leaves the field out.
+        """
+        if usage is None:
+            return f"{self._head}{choice}]}}\n\n".encode()
+        return f'{self._head}{choice}],"usage":{usage}}}\n\n'.encode()
+
+
 def usage(call: Call, num_completion_tokens: int | None = None) -> dict[str, Any]:
     """Counts of tokens; a prompt counts once however many outputs it has."""
     completion = (

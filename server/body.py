@@ -162,7 +162,10 @@ def unknown_fields(value: BaseModel, path: str = "") -> Iterator[str]:
     for name in value.model_extra or ():
         if path or name not in UNSUPPORTED:
             yield f"{path}{name}"
+    given = value.model_fields_set
     for name in type(value).model_fields:
+        if name not in given:
+            continue
         part = getattr(value, name)
         if isinstance(part, BaseModel):
             yield from unknown_fields(part, f"{path}{name}.")

@@ -11,6 +11,7 @@ from jllm import (
     ReasoningDelta,
     ToolCallDelta,
 )
+from server.answer import to_json
 from server.logprobs import TokenNames, chat_logprobs
 
 OutputDelta = ReasoningDelta | ContentDelta | ToolCallDelta
@@ -131,24 +132,34 @@ class ChatChoice:
             choice["token_ids"] = self._tokens
         return choice
 
-    def chunks(self, completion: CompletionOutput) -> list[dict[str, Any]]:
-        """The choices of the chunks that news make: role, deltas, then the end."""
+    def chunks(self, completion: CompletionOutput) -> list[str]:
+        """JSON of the choices that news make: role, deltas, then the end."""
         is_last = completion.finish_reason is not None
         deltas = self._answer.push(completion.text, is_last=is_last)
         self._collect(completion)
-        found: list[dict[str, Any]] = []
+        found: list[str] = []
         if not self._has_begun and (deltas or is_last):
-            found.append(self._first(deltas))
-        found += [self._choice(_delta(delta)) for delta in deltas]
+            found.append(to_json(self._first(deltas)))
+        found += [self._delta_choice(delta) for delta in deltas]
         # Tokens without text of their own still have scores.
         if is_last and (self._entries or self._tokens):
-            found.append(self._choice({"content": ""}))
+            found.append(to_json(self._choice({"content": ""})))
         if is_last:
             end = self._choice({}, has_scores=False)
             end["finish_reason"] = self._answer.finish_reason(completion)
             _add_stop_reason(end, completion)
-            found.append(end)
+            found.append(to_json(end))
         return found
+
+    def _delta_choice(self, delta: OutputDelta) -> str:
+        has_more = self._options.num_top is not None or self._options.wants_token_ids
+        if has_more or not isinstance(delta, ContentDelta):
+            return to_json(self._choice(_delta(delta)))
+        # Most chunks of most streams; what is made of a dictionary is the same.
+        return (
+            f'{{"index":{self._index},"delta":{{"content":{to_json(delta.text)}}},'
+            '"logprobs":null,"finish_reason":null}'
+        )
 
     def _first(self, deltas: list[OutputDelta]) -> dict[str, Any]:
         """The chunk with the role; a tool call that comes first is in it."""

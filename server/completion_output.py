@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jllm import CompletionOutput
+from server.answer import to_json
 from server.generation import Piece
 from server.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
 
@@ -65,21 +66,25 @@ class CompletionChoice:
             choice["prompt_token_ids"] = list(self._prompt_token_ids)
         return choice
 
-    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
-        """The choices of the chunks that a piece makes: text, then the end."""
-        completion, found = piece.completion, list[dict[str, Any]]()
+    def chunks(self, piece: Piece) -> list[str]:
+        """JSON of the choices that a piece makes: text, then the end."""
+        completion, found = piece.completion, list[str]()
         text = self._text(completion, piece)
-        has_tokens = bool(completion.token_ids) and (
-            self._options.wants_logprobs or self._options.wants_token_ids
-        )
-        if text or has_tokens:
-            found.append(self._choice(text, completion))
+        has_more = self._options.wants_logprobs or self._options.wants_token_ids
+        if has_more and (text or completion.token_ids):
+            found.append(to_json(self._choice(text, completion)))
+        elif text:
+            # Most chunks of most streams; what is made of a dictionary is the same.
+            found.append(
+                f'{{"text":{to_json(text)},"index":{self._index},'
+                '"logprobs":null,"finish_reason":null}'
+            )
         if completion.finish_reason is not None:
             end = self._choice("", None)
             end["finish_reason"] = self._finish_reason(completion)
             if completion.stop_reason is not None:
                 end["stop_reason"] = completion.stop_reason
-            found.append(end)
+            found.append(to_json(end))
         return found
 
     def _finish_reason(self, completion: CompletionOutput) -> str | None:

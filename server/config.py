@@ -19,6 +19,11 @@ class ServerConfig:
 
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(8000, "port to listen on; 0 takes a free one")
+    reuse_port: bool = _option(
+        False,
+        "share the port with the server that this one takes over from: listen once the "
+        "model is loaded, and no more after SIGTERM",
+    )
     served_model_name: Sequence[str] | None = _option(
         None, "name that requests use; may be repeated; none is the model's own"
     )
@@ -65,6 +70,9 @@ class ServerConfig:
     max_buffered_bytes: int = _option(
         65536, "bytes held for a reader that is slower than its stream"
     )
+    stream_interval: int = _option(
+        1, "tokens that a chunk of a stream holds; more cost the server less"
+    )
     keep_alive_interval: float = _option(
         15.0, "seconds without output after which a stream gets a comment line"
     )
@@ -108,6 +116,7 @@ class ServerConfig:
         self._check_integer("max_num_queued_reqs", 1)
         self._check_integer("max_num_queued_tokens", 1)
         self._check_integer("max_buffered_bytes", 1024)
+        self._check_integer("stream_interval", 1)
         self._check_integer("max_stored_responses", 0)
         self._check_integer("max_stored_bytes", 0)
         if self.max_body_bytes is not None:

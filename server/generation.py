@@ -48,7 +48,12 @@ class Generation(Submission):
     """Prompts that are completed."""
 
     def __init__(
-        self, server: Server, call: Call, jobs: Sequence[Job], names: FieldNames
+        self,
+        server: Server,
+        call: Call,
+        jobs: Sequence[Job],
+        names: FieldNames,
+        stream_interval: int | None = None,
     ) -> None:
         """Queues nothing yet.
 
@@ -57,8 +62,11 @@ class Generation(Submission):
             call: The request, which counts the tokens.
             jobs: Its prompts.
             names: What the request calls the engine's parameters.
+            stream_interval: Tokens that an output of a stream waits for; None takes the
+                server's.
         """
-        super().__init__(server, call, jobs, names)
+        interval = stream_interval or server.config.stream_interval
+        super().__init__(server, call, jobs, names, interval)
         self._metrics = server.metrics
         self._jobs = jobs
         self._last_times: dict[tuple[int, int], float] = {}

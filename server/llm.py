@@ -74,6 +74,7 @@ class Llm(Protocol):
         *,
         priority: int = 0,
         on_first_token: Callable[[], None] | None = None,
+        stream_interval: int = 1,
     ) -> Outputs:
         """Queues one prompt; returns once the engine has accepted it."""
         ...

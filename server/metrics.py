@@ -2,7 +2,7 @@
 
 import collections
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -14,6 +14,8 @@ from prometheus_client.core import (
 
 from jllm import STEP_TOKEN_BOUNDS, BlockState, EngineStats
 from server.admission import Admission
+from server.event_loop import Turns
+from server.histogram import Counts, make_family
 from server.llm import Llm
 
 PREFIX = "jllm"
@@ -37,7 +39,6 @@ COUNT_BOUNDS = (
 )
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("time to first token", FIRST_TOKEN_BOUNDS),
-    "inter_token_latency_seconds": ("time between tokens of streams", TOKEN_BOUNDS),
     "request_time_per_output_token_seconds": (
         "mean time between the tokens of a request",
         TOKEN_BOUNDS,
@@ -106,6 +107,12 @@ class Metrics:
             ).labels(*self._values)
             for name, text in COUNTERS.items()
         }
+        self._token_times = Counts(TOKEN_BOUNDS)
+        self._add_counts(
+            "inter_token_latency_seconds",
+            "time between tokens of streams",
+            self._token_times,
+        )
         self._num_prompt = self._num_generated = 0
         self._speed: collections.deque[tuple[int, int]] = collections.deque(
             maxlen=SPEED_SECONDS + 1
@@ -136,6 +143,16 @@ class Metrics:
         """Adds what the engine counts; read when the metrics are."""
         self.registry.register(_EngineCollector(llm, admission, self._values))
 
+    def set_turns(self, turns: Turns) -> None:
+        """Adds how long the turns of the event loop are."""
+        self._add_counts(
+            "event_loop_turn_seconds", "time of turns of the event loop", turns.seconds
+        )
+
+    def _add_counts(self, name: str, text: str, counts: Counts) -> None:
+        family = (f"{PREFIX}:{name}", text, LABELS, self._values)
+        self.registry.register(_CountsCollector(lambda: counts.family(*family)))
+
     @property
     def num_tokens(self) -> tuple[int, int]:
         """Tokens of prompts, and tokens generated, of the requests that have ended."""
@@ -156,8 +173,7 @@ class Metrics:
 
     def observe_token(self, seconds: float, count: int) -> None:
         """Counts the time since the last tokens of a stream, shared among the new."""
-        for _ in range(count):
-            self._histograms["inter_token_latency_seconds"].observe(seconds / count)
+        self._token_times.add(seconds / count, count)
 
     def observe_call(self, call: Timed) -> None:
         """Counts an inference request that has ended."""
@@ -225,6 +241,17 @@ def _times(call: Timed) -> dict[str, float | None]:
     return times
 
 
+class _CountsCollector:
+    """Reads one histogram when it is asked."""
+
+    def __init__(self, read: Callable[[], HistogramMetricFamily]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Any]:
+        """Gives the one family."""
+        yield self._read()
+
+
 class _EngineCollector:
     """Reads the engine's own counts when it is asked."""
 
@@ -281,15 +308,10 @@ class _EngineCollector:
             yield gauge
 
     def _steps(self, stats: EngineStats) -> HistogramMetricFamily:
-        family = HistogramMetricFamily(
-            f"{PREFIX}:iteration_tokens_total", "tokens per step", labels=LABELS
+        counts = stats.step_counts or (0,) * (len(STEP_TOKEN_BOUNDS) + 1)
+        return make_family(
+            f"{PREFIX}:iteration_tokens_total",
+            "tokens per step",
+            (LABELS, self._values),
+            (STEP_TOKEN_BOUNDS, counts, stats.step_tokens),
         )
-        bounds = [*(str(float(bound)) for bound in STEP_TOKEN_BOUNDS), "+Inf"]
-        buckets: list[tuple[str, float]] = []
-        total = 0
-        counts = stats.step_counts or (0,) * len(bounds)
-        for bound, count in zip(bounds, counts, strict=True):
-            total += count
-            buckets.append((bound, total))
-        family.add_metric(self._values, buckets, stats.step_tokens)
-        return family

@@ -18,6 +18,7 @@ from jllm import ConfigError, EngineConfig, JllmError
 from server.app import make_app
 from server.auth import load_keys
 from server.config import ServerConfig
+from server.event_loop import CONNECTIONS_PER_TURN, Turns, make_event_loop
 from server.llm import Llm
 from server.routes.profile import end_profile
 from server.state import Phase, Server
@@ -61,8 +62,10 @@ def serve(
     level = logging.getLevelNamesMapping()[config.log_level.upper()]
     logging.getLogger("jllm.server").setLevel(level)
     with contextlib.closing(listen(config)) as listener:
-        life = _Life(engine, config, make_llm or _make_async_llm)
-        return asyncio.run(life.run(listener, tls, keys))
+        turns = Turns()
+        life = _Life(engine, config, make_llm or _make_async_llm, turns)
+        with asyncio.Runner(loop_factory=lambda: make_event_loop(turns)) as runner:
+            return runner.run(life.run(listener, tls, keys))
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -80,8 +83,11 @@ def listen(config: ServerConfig) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if config.reuse_port:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind(address)
-            listener.listen(BACKLOG)
+            if not config.reuse_port:
+                listener.listen(BACKLOG)
         except OSError:
             listener.close()
             raise
@@ -139,12 +145,16 @@ class _Life:
     """One process: its phases and what moves it from one to the next."""
 
     def __init__(
-        self, engine: EngineConfig, config: ServerConfig, make_llm: MakeLlm
+        self,
+        engine: EngineConfig,
+        config: ServerConfig,
+        make_llm: MakeLlm,
+        turns: Turns,
     ) -> None:
         self._engine = engine
         self._config = config
         self._make_llm = make_llm
-        self._server = Server(config, engine.model or DEFAULT_NAME)
+        self._server = Server(config, engine.model or DEFAULT_NAME, turns)
         self._num_signals = 0
         self._asked_to_stop = asyncio.Event()
 
@@ -160,17 +170,22 @@ class _Life:
             loop.add_signal_handler(number, self._on_signal, number)
         runner = make_runner(make_app(self._server, keys))
         await runner.setup()
+        site = web.SockSite(
+            runner, listener, backlog=CONNECTIONS_PER_TURN, ssl_context=tls
+        )
+        url = _url(listener, tls)
         llm: Llm | None = None
         try:
-            await web.SockSite(
-                runner, listener, backlog=BACKLOG, ssl_context=tls
-            ).start()
-            logger.info("listening on %s, loading the model", _url(listener, tls))
+            if not self._config.reuse_port:
+                await _start(site, listener)
+            logger.info("listening on %s, loading the model", url)
             llm = await self._load()
             if llm is None:
                 return 0
-            logger.info("ready on %s", _url(listener, tls))
-            return await self._serve()
+            if self._config.reuse_port:
+                await _start(site, listener)
+            logger.info("ready on %s", url)
+            return await self._serve(site)
         finally:
             await self._close(runner, llm)
 
@@ -191,7 +206,7 @@ class _Life:
             raise
         return llm
 
-    async def _serve(self) -> int:
+    async def _serve(self, site: web.SockSite) -> int:
         """Serves until it is told to drain, or the engine has failed."""
         watching = asyncio.create_task(self._watch())
         waits = {
@@ -201,6 +216,9 @@ class _Life:
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if not self._server.fatal.is_set():
+                if self._config.reuse_port:
+                    # Who connects from now on gets to the one that takes over.
+                    await site.stop()
                 await self._drain()
         finally:
             watching.cancel()
@@ -259,6 +277,13 @@ class _Life:
         if self._num_signals > 1:
             _end_now(128 + number)
         self._asked_to_stop.set()
+
+
+async def _start(site: web.SockSite, listener: socket.socket) -> None:
+    """Begins to accept connections."""
+    await site.start()
+    # To asyncio the backlog is also how many it accepts in one turn.
+    listener.listen(BACKLOG)
 
 
 def _end_now(code: int) -> None:

@@ -94,7 +94,9 @@ class EventStream:
         try:
             async with self._request[CALL].limit(), contextlib.aclosing(events):
                 async for chunk in events:
-                    await self._write(chunk)
+                    # Half a character makes no text yet.
+                    if chunk:
+                        await self._write(chunk)
         except ApiError as error:
             self._request[REASON] = _reason(error)
             await self._write(self._frame_error(error))

@@ -3,6 +3,7 @@
 import asyncio
 import enum
 import hashlib
+import random
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from jllm import ConfigError
 from server.admission import Admission
 from server.config import ServerConfig
 from server.errors import ApiError, engine_dead, model_not_found, unavailable
+from server.event_loop import Turns
 from server.llm import Llm
 from server.metrics import Metrics
 from server.parsing import Parsing
@@ -37,12 +39,15 @@ class Phase(enum.Enum):
 class Server:
     """The state of one server; everything in it is used in one event loop."""
 
-    def __init__(self, config: ServerConfig, model_name: str) -> None:
+    def __init__(
+        self, config: ServerConfig, model_name: str, turns: Turns | None = None
+    ) -> None:
         """Begins without a model: it is loading.
 
         Args:
             config: Options.
             model_name: Name of the model where the options give none.
+            turns: Those of the event loop, if they are counted.
         """
         self.config = config
         names = tuple(config.served_model_name or ()) or (model_name,)
@@ -55,6 +60,9 @@ class Server:
             config.max_num_queued_reqs, config.max_num_queued_tokens
         )
         self.metrics = Metrics(names[0])
+        self.turns = turns
+        if turns is not None:
+            self.metrics.set_turns(turns)
         self.tracer = Tracer(config.otlp_traces_endpoint)
         self.watchdog = Watchdog(config.stall_timeout)
         self.store = ResponseStore(config.max_stored_responses, config.max_stored_bytes)
@@ -167,5 +175,10 @@ SERVER = web.AppKey("server", Server)
 
 
 def new_id(prefix: str) -> str:
-    """A fresh name such as "chatcmpl-…"."""
+    """A fresh name such as "chatcmpl-…"; asks the system for nothing."""
+    return f"{prefix}{random.getrandbits(128):032x}"
+
+
+def new_secret_id(prefix: str) -> str:
+    """A fresh name that nobody can guess, for what can be asked for by its name."""
     return f"{prefix}{uuid.uuid4().hex}"

@@ -43,6 +43,7 @@ class Submission:
         call: Call,
         prompts: Sequence[Submitted],
         names: FieldNames,
+        stream_interval: int = 1,
     ) -> None:
         """Queues nothing yet.
 
@@ -51,7 +52,9 @@ class Submission:
             call: The request, which counts the tokens.
             prompts: What it asks for.
             names: What the request calls the engine's parameters.
+            stream_interval: Tokens that an output of a stream waits for.
         """
+        self._stream_interval = stream_interval
         self._llm = server.llm
         self._call = call
         self._prompts = prompts
@@ -92,6 +95,7 @@ class Submission:
                 name,
                 priority=item.priority,
                 on_first_token=self._call.note_start,
+                stream_interval=self._stream_interval,
             )
 
     @property

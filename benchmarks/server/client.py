@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.server.sockets import Exchange, exchange
+
 CONNECTING = 256
 """Connections that are opened at once."""
 
@@ -21,6 +23,7 @@ class Answer:
         times: Seconds from the request to each event with text.
         seconds: Seconds from the request to the end of the answer.
         error: What the server failed with, in words.
+        ends_well: Whether a stream has one finish reason and ends with its mark.
     """
 
     status: int
@@ -28,6 +31,7 @@ class Answer:
     times: tuple[float, ...]
     seconds: float
     error: str | None
+    ends_well: bool = False
 
 
 class Reader(asyncio.Protocol):
@@ -84,37 +88,7 @@ async def connect(port: int, count: int) -> list[Reader]:
     return readers
 
 
-async def exchange(
-    port: int,
-    bodies: Sequence[dict[str, Any]],
-    *,
-    spread: float = 0.0,
-    path: str = "/v1/completions",
-) -> list[Reader]:
-    """Sends all requests, each over a connection that is open already.
-
-    Args:
-        port: Where the server listens.
-        bodies: What is asked.
-        spread: Seconds over which the requests are sent; 0 sends them at once.
-        path: Of the endpoint.
-
-    Returns:
-        What came, when all answers are whole.
-    """
-    requests = [request_bytes(port, body, path) for body in bodies]
-    readers = await connect(port, len(bodies))
-    began = time.monotonic()
-    for i, (reader, request) in enumerate(zip(readers, requests, strict=True)):
-        ahead = began + spread * i / len(requests) - time.monotonic()
-        if ahead > 0:
-            await asyncio.sleep(ahead)
-        reader.send(request)
-    await asyncio.gather(*(reader.done for reader in readers))
-    return readers
-
-
-def answer_of(reader: Reader) -> Answer:
+def answer_of(reader: Reader | Exchange) -> Answer:
     """Reads what came."""
     end = reader.chunks[-1][0] if reader.chunks else reader.sent
     data = b"".join(part for _, part in reader.chunks)
@@ -133,17 +107,28 @@ def answer_of(reader: Reader) -> Answer:
         for moment, part in reader.chunks
         for _ in range(part.count(b'"text":') - part.count(b'"text":""'))
     )
-    return Answer(status, tokens, times, end - reader.sent, error)
+    marks = rest.count(b'"finish_reason":"'), rest.count(b"data: [DONE]\n\n")
+    ends_well = status == 200 and error is None and marks == (1, 1)
+    return Answer(status, tokens, times, end - reader.sent, error, ends_well)
 
 
 def send_all(
-    port: int, bodies: Sequence[dict[str, Any]], *, spread: float = 0.0
+    port: int,
+    bodies: Sequence[dict[str, Any]],
+    *,
+    spread: float = 0.0,
+    period: float = 0.0,
+    path: str = "/v1/completions",
 ) -> tuple[list[Answer], float]:
-    """Sends all; the answers, and the seconds from first request to last byte."""
-    readers = asyncio.run(exchange(port, bodies, spread=spread))
-    last = max(reader.chunks[-1][0] for reader in readers if reader.chunks)
-    seconds = last - min(reader.sent for reader in readers)
-    return [answer_of(reader) for reader in readers], seconds
+    """Sends all, see `exchange`.
+
+    Returns:
+        The answers, and the seconds from the first request to the last byte.
+    """
+    requests = [request_bytes(port, body, path) for body in bodies]
+    found = exchange(port, requests, spread=spread, period=period)
+    last = max(one.chunks[-1][0] for one in found if one.chunks)
+    return [answer_of(one) for one in found], last - min(one.sent for one in found)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -11,7 +11,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import psutil
 
@@ -42,6 +43,7 @@ class Server:
 
     port: int
     process: subprocess.Popen[bytes]
+    log: IO[bytes]
 
     @property
     def base_url(self) -> str:
@@ -52,6 +54,28 @@ class Server:
         """Body of a GET."""
         with urllib.request.urlopen(f"{self.base_url}{path}", timeout=10) as answer:
             return answer.read()
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time so far."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
+    def log_entries(self) -> list[dict[str, Any]]:
+        """The lines of its log that tell the end of a request."""
+        text = Path(f"/proc/self/fd/{self.log.fileno()}").read_bytes()
+        starts = (line.find(b'{"event"') for line in text.splitlines())
+        pairs = zip(text.splitlines(), starts, strict=True)
+        return [json.loads(line[start:]) for line, start in pairs if start >= 0]
+
+    def histogram(self, name: str) -> dict[float, float]:
+        """Bounds and counts, added up, of one of its metrics without further labels."""
+        found: dict[float, float] = {}
+        for line in self.get("/metrics").decode().splitlines():
+            if line.startswith(f"{name}_bucket{{"):
+                bound = line.partition('le="')[2].partition('"')[0]
+                found[float(bound)] = float(line.rpartition(" ")[2])
+        return found
 
     def resources(self) -> Resources:
         """What it holds now."""
@@ -83,7 +107,7 @@ def running(command: Sequence[str], port: int) -> Generator[Server]:
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stderr=log, stdout=subprocess.DEVNULL)
-        server = Server(port, process)
+        server = Server(port, process, log)
         try:
             try:
                 wait_until_ready(server)

@@ -23,6 +23,7 @@ class ChatOptions:
         add_generation_prompt: Ends with the header of the assistant's answer.
         continue_final_message: Leaves the last message open, to be continued.
         tools: JSON schemas of functions, for templates that present them.
+        add_special_tokens: Puts BOS and the like in front of what the template wrote.
         template_kwargs: Further variables for the template.
     """
 
@@ -30,6 +31,7 @@ class ChatOptions:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     tools: Sequence[dict[str, Any]] | None = None
+    add_special_tokens: bool = False
     template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -46,6 +48,7 @@ class ChatOptions:
             "add_generation_prompt": bool,
             "continue_final_message": bool,
             "tools": (list, tuple, type(None)),
+            "add_special_tokens": bool,
         }
         for name, value in values.items():
             if name not in types:
@@ -221,7 +224,7 @@ def _check_template_kwargs(hf: Any, kwargs: Mapping[Any, Any]) -> None:
     """Refuses variables that would change how the template is run."""
     reserved = set(inspect.signature(hf.apply_chat_template).parameters)
     reserved |= {"conversations", "messages"}
-    reserved.discard("kwargs")
+    reserved -= {"kwargs", "documents"}
     for name in kwargs:
         if name in reserved or not isinstance(name, str):
             raise InvalidRequestError(

@@ -94,6 +94,10 @@ class Detokenizer:
             for token_id in prompt_token_ids[-2 * PROMPT_CONTEXTS[-1] :]
             if token_id not in self._skipped
         ]
+        if self._joins_bytes:
+            # A character has at most four bytes, and a token at least one.
+            self._ends_within_character(kept[-PROMPT_CONTEXTS[0] :])
+            return
         for size in PROMPT_CONTEXTS:
             self._context = kept[-size:]
             self._context_text = self._decode(self._context)

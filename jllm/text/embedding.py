@@ -121,11 +121,12 @@ def make_stream(
     prepared: PreparedRequest,
     tokenizer: Tokenizer | None,
     kind: RequestOutputKind | None = None,
+    interval: int = 1,
 ) -> Stream:
     """What collects the outputs of a request; see `RequestStream`."""
     pooling = prepared.request.pooling
     if pooling is None:
-        return RequestStream(prepared, tokenizer, kind)
+        return RequestStream(prepared, tokenizer, kind, interval)
     return EmbeddingStream(prepared, pooling)
 
 

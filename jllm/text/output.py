@@ -30,8 +30,16 @@ class RequestStream:
         prepared: PreparedRequest,
         tokenizer: Tokenizer | None,
         kind: RequestOutputKind | None = None,
+        interval: int = 1,
     ) -> None:
-        """Begins with no tokens; `kind` replaces the one in the sampling parameters."""
+        """Begins with no tokens.
+
+        Args:
+            prepared: The request.
+            tokenizer: None leaves the text empty.
+            kind: Replaces the one in the sampling parameters.
+            interval: Tokens that one output waits for, except the first and the last.
+        """
         request = prepared.request
         self._request = request
         self._prompt = prepared.prompt
@@ -48,6 +56,10 @@ class RequestStream:
         self._error: str | None = None
         self._finished = False
         self._has_news = False
+        self._interval = interval
+        self._num_new = 0
+        # The first token does not wait, nor does the end of a sequence.
+        self._is_due = True
 
     @property
     def request_id(self) -> str:
@@ -72,8 +84,13 @@ class RequestStream:
     @property
     def has_output(self) -> bool:
         """Whether `take` would give anything."""
-        waits = self._kind is RequestOutputKind.FINAL_ONLY and not self._finished
-        return self._has_news and not waits
+        if not self._has_news or self._finished:
+            return self._has_news
+        if self._kind is RequestOutputKind.FINAL_ONLY:
+            return False
+        if self._is_due or self._interval == 1:
+            return True
+        return self._num_new >= self._interval * len(self._sequences)
 
     def push_token(self, index: int, token_id: int) -> bool:
         """Takes a token of a sequence that brought nothing else; returns as `push`."""
@@ -81,6 +98,7 @@ class RequestStream:
         if sequence.finish_reason:
             return False
         self._has_news = True
+        self._num_new += 1
         if not sequence.push_token(token_id):
             return False
         self._note_end()
@@ -105,7 +123,9 @@ class RequestStream:
             self._set_prompt_logprobs(output.prompt_logprobs)
         sequence.push(output)
         self._has_news = True
-        self._note_end()
+        self._num_new += len(output.token_ids)
+        if sequence.finish_reason:
+            self._note_end()
         return sequence.finish_reason is not None and output.finish_reason is None
 
     def abort(self) -> None:
@@ -121,7 +141,8 @@ class RequestStream:
         """Gives what is new, or None while there is nothing to give."""
         if not self.has_output:
             return None
-        self._has_news = False
+        self._has_news = self._is_due = False
+        self._num_new = 0
         if self._kind is RequestOutputKind.DELTA:
             outputs = [s.delta() for s in self._sequences if s.has_news]
         else:
@@ -141,6 +162,8 @@ class RequestStream:
         return output
 
     def _note_end(self) -> None:
+        """Notes that a sequence has ended."""
+        self._is_due = True
         if all(sequence.finish_reason for sequence in self._sequences):
             self._finished = True
             self._metrics.finished_time = time.monotonic()

@@ -262,8 +262,9 @@ class PromptProcessor:
         if options.chat_template is None:
             options = dataclasses.replace(options, chat_template=self._chat_template)
         text = render_chat(tokenizer, messages, options)
-        # The template has written BOS and the like itself.
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        # Most templates write BOS and the like themselves.
+        special = options.add_special_tokens
+        ids = tokenizer.encode(text, add_special_tokens=special)
         return Prompt(text=text, token_ids=tuple(ids))
 
     async def grammar(self, params: SamplingParams) -> Grammar | None:

@@ -39,6 +39,7 @@ class Tokenizer:
         self._decoders = _decoder_types(backend.decoder)
         self._texts: dict[int, str] = {}
         self._bytes: dict[int, bytes] = {}
+        backend.encode_special_tokens = bool(hf.split_special_tokens)
         # While one thread encodes, another must not change the backend's settings.
         self._lock = threading.Lock()
         self._anchor = self._find_anchor()
@@ -91,11 +92,15 @@ class Tokenizer:
                 f"the text is no valid Unicode: {error.reason} at {error.start}",
                 parameter="prompt",
             ) from error
+        backend = self._backend
         with self._lock:
-            encoded = self._hf(
-                text, add_special_tokens=add_special_tokens, verbose=False
-            )
-        return list(encoded["input_ids"])
+            # Its file, or whoever shares it, may have asked for either.
+            if backend.truncation is not None:
+                backend.no_truncation()
+            if backend.padding is not None:
+                backend.no_padding()
+            # The transformers tokenizer does many times the work around this call.
+            return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Joins tokens into text; ids outside the vocabulary are left out."""

@@ -166,6 +166,7 @@ class CommonFields(SamplingFields):
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    stream_interval: PositiveCount | None = None
     user: Name | None = None
     metadata: dict[str, Any] | None = None
     prompt_logprobs: CountOrAll | None = None

@@ -31,6 +31,7 @@ class TemplateFields(RequestModel):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
 
 
 class ChatCompletionRequest(TemplateFields, CommonFields):

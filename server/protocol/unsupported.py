@@ -47,7 +47,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "return_weight_versions": OFF,
     "routed_experts_prompt_start": (None, 0),
     "session_id": NOTHING,
-    "stream_interval": (None, 1),
     "suffix": (None, ""),
     "truncation_side": (None, "left"),
     "use_beam_search": OFF,

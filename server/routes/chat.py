@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from jllm import SamplingParams
-from server.answer import Envelope, json_response, usage
+from server.answer import ChunkFrame, Envelope, json_response, to_json, usage
 from server.call import Call, open_call
 from server.chat_output import ChatChoice, ChatOptions
 from server.errors import FieldNames, bad_request
@@ -25,7 +25,7 @@ from server.routes.common import (
     receive,
 )
 from server.sampling import constraint_name, make_params, structured_outputs
-from server.sse import EventStream, event
+from server.sse import EventStream
 from server.state import Server, new_id
 from server.submission import engine_errors
 
@@ -76,7 +76,7 @@ async def opened(
     names = field_names(body)
     async with call.limit():
         plan = await _plan(server, body, names, salt)
-    running = Generation(server, call, [plan.job], names)
+    running = Generation(server, call, [plan.job], names, body.stream_interval)
     with contextlib.closing(running):
         await running.open()
         envelope = Envelope(
@@ -135,15 +135,15 @@ class ChatAnswer:
         options = body.stream_options
         counts = options is not None and bool(options.include_usage)
         always = options is not None and bool(options.continuous_usage_stats)
-        more: dict[str, Any] = {"usage": None} if counts else {}
+        frame, counted = ChunkFrame(self._envelope).frame, "null" if counts else None
         async for piece in self._running.pieces():
-            for choice in self._choices[piece.index].chunks(piece.completion):
-                if always:
-                    more = {"usage": usage(self._call)}
-                yield event(self._envelope.wrap([choice], **more))
+            if always:
+                counted = to_json(usage(self._call))
+            chunks = self._choices[piece.index].chunks(piece.completion)
+            yield b"".join([frame(chunk, counted) for chunk in chunks])
         if counts:
             await self._count_reasoning()
-            yield event(self._envelope.wrap([], usage=usage(self._call)))
+            yield frame("", to_json(usage(self._call)))
 
     async def _count_reasoning(self) -> None:
         """Counts the tokens that the reasoning has by itself."""
@@ -226,6 +226,7 @@ async def render(
         continue_final_message=continues,
         chat_template=body.chat_template,
         tools=tools or None,
+        add_special_tokens=bool(body.add_special_tokens),
         chat_template_kwargs=kwargs,
     )
 

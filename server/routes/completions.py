@@ -8,7 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
-from server.answer import Envelope, json_response, usage
+from server.answer import ChunkFrame, Envelope, json_response, to_json, usage
 from server.call import Call, open_call
 from server.completion_output import CompletionChoice, CompletionOptions
 from server.errors import FieldNames, bad_request
@@ -23,7 +23,7 @@ from server.routes.common import (
     receive,
 )
 from server.sampling import constraint_name, make_params, structured_outputs
-from server.sse import EventStream, event
+from server.sse import EventStream
 from server.state import Server, new_id
 from server.submission import engine_errors
 
@@ -72,7 +72,8 @@ async def opened(
     call.max_tokens = _max_tokens(body)
     async with call.limit():
         plan = await _plan(server, body, salt)
-    running = Generation(server, call, plan.jobs, _field_names(body))
+    names = _field_names(body)
+    running = Generation(server, call, plan.jobs, names, body.stream_interval)
     with contextlib.closing(running):
         await running.open()
         envelope = Envelope(
@@ -117,14 +118,14 @@ class CompletionAnswer:
         options = body.stream_options
         counts = options is not None and bool(options.include_usage)
         always = options is not None and bool(options.continuous_usage_stats)
-        more: dict[str, Any] = {"usage": None} if counts else {}
+        frame, counted = ChunkFrame(self._envelope).frame, "null" if counts else None
         async for piece in self._running.pieces():
-            for choice in self._choices[piece.index].chunks(piece):
-                if always:
-                    more = {"usage": self._usage()}
-                yield event(self._envelope.wrap([choice], **more))
+            if always:
+                counted = to_json(self._usage())
+            chunks = self._choices[piece.index].chunks(piece)
+            yield b"".join([frame(chunk, counted) for chunk in chunks])
         if counts:
-            yield event(self._envelope.wrap([], usage=self._usage()))
+            yield frame("", to_json(self._usage()))
 
     def _usage(self) -> dict[str, Any]:
         generated = 0 if self._options.scores_only else None

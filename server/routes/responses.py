@@ -27,7 +27,7 @@ from server.routes.chat import render
 from server.routes.common import cache_salt, make_job, parsed_output, receive
 from server.sampling import format_constraint, make_params, one_constraint
 from server.sse import EventStream
-from server.state import SERVER, Server, new_id
+from server.state import SERVER, Server, new_secret_id
 from server.submission import engine_errors
 
 logger = logging.getLogger("jllm.server")
@@ -241,8 +241,10 @@ def _check(server: Server, body: ResponsesRequest) -> None:
         raise bad_request(
             "stream_options needs stream=true", "stream_options", "invalid_value"
         )
-    if options is not None and options.include_obfuscation:
-        raise unsupported("stream_options.include_obfuscation")
+    # The last event tells the usage in any case.
+    for name in type(options).model_fields if options is not None else ():
+        if getattr(options, name):
+            raise unsupported(f"stream_options.{name}")
     if body.previous_response_id is not None and not server.store.is_enabled:
         raise unsupported("previous_response_id", "this server stores no responses")
 
@@ -337,7 +339,7 @@ def _head(task: Task, params: SamplingParams) -> dict[str, Any]:
     if isinstance(choice, dict):
         choice = {"type": "function", "name": choice["function"]}
     return {
-        "id": new_id("resp_"),
+        "id": new_secret_id("resp_"),
         "object": "response",
         "created_at": int(time.time()),
         "status": "in_progress",

@@ -90,6 +90,7 @@ async def engine_state(request: web.Request) -> web.Response:
             "prefix_cache_hits": stats.num_prefix_hits,
             "preemptions": stats.num_preemptions,
             "seconds_since_step": round(server.watchdog.seconds_still, 3),
+            "longest_turn_ms": server.turns and round(1e3 * server.turns.longest, 1),
             "time": time.time(),
         }
     )

@@ -1,5 +1,7 @@
 """POST /tokenize and /detokenize."""
 
+import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -9,7 +11,11 @@ from server.errors import FieldNames, bad_request
 from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from server.routes.chat import NAMES, render
 from server.routes.common import receive
+from server.state import Server
 from server.submission import engine_errors
+
+MOST_TOKENS_AT_ONCE = 4096
+"""Tokens that are written in the event loop."""
 
 
 async def tokenize(request: web.Request) -> web.Response:
@@ -30,14 +36,18 @@ async def tokenize(request: web.Request) -> web.Response:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
             prompt = await render(server, body, body.messages or [], tools)
             tokens = list(prompt.token_ids)
-    answer: dict[str, Any] = {
-        "count": len(tokens),
-        "max_model_len": llm.max_model_len,
-        "tokens": tokens,
-    }
-    if body.return_token_strs:
-        answer["token_strs"] = [llm.token_text(token) for token in tokens]
-    return json_response(answer)
+
+    def respond() -> web.Response:
+        answer: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": llm.max_model_len,
+            "tokens": tokens,
+        }
+        if body.return_token_strs:
+            answer["token_strs"] = [llm.token_text(token) for token in tokens]
+        return json_response(answer)
+
+    return await _beside(server, len(tokens), respond)
 
 
 async def detokenize(request: web.Request) -> web.Response:
@@ -45,12 +55,22 @@ async def detokenize(request: web.Request) -> web.Response:
     server, body, _ = await receive(request, DetokenizeRequest, queues=False)
     if body.model is not None:
         server.check_model(body.model)
-    for token in body.tokens:
-        if token >= server.llm.vocab_size:
-            raise bad_request(
-                f"tokens holds {token}, which is out of vocabulary",
-                "tokens",
-                "invalid_value",
-            )
+    highest = max(body.tokens, default=0)
+    if highest >= server.llm.vocab_size:
+        raise bad_request(
+            f"tokens holds {highest}, which is out of vocabulary",
+            "tokens",
+            "invalid_value",
+        )
     with engine_errors(FieldNames()):
         return json_response({"prompt": await server.llm.detokenize(body.tokens)})
+
+
+async def _beside(
+    server: Server, num_tokens: int, respond: Callable[[], web.Response]
+) -> web.Response:
+    """Makes an answer, a long one beside the event loop."""
+    if num_tokens < MOST_TOKENS_AT_ONCE:
+        return respond()
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(server.executor, respond)

@@ -6,9 +6,11 @@ import json
 import pathlib
 import re
 import signal
+import socket
 import sys
 
 import aiohttp
+import openai
 import psutil
 import pytest
 
@@ -91,6 +93,38 @@ def test_a_second_signal_stops_at_once():
             assert await asyncio.wait_for(child.wait(), 1) == 128 + signal.SIGTERM
             with contextlib.suppress(aiohttp.ClientError):
                 await lines.aclose()
+
+    run(body)
+
+
+def test_a_port_is_handed_over():
+    """Clients that try again, as OpenAI's does, notice nothing."""
+
+    async def ask(client, counts, over):
+        while not over.is_set():
+            answer = await client.completions.create(**REQUEST | {"max_tokens": 5})
+            counts.append(answer.usage.completion_tokens)
+
+    async def body():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            options = {"port": probe.getsockname()[1], "reuse_port": True}
+        counts, over = [], asyncio.Event()
+        async with process(**options) as (old, url):
+            client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
+            asking = [asyncio.create_task(ask(client, counts, over)) for _ in range(4)]
+            async with process(**options) as (new, _):
+                served = len(counts)
+                assert served > 0
+                old.send_signal(signal.SIGTERM)
+                assert await asyncio.wait_for(old.wait(), 10) == 0
+                while len(counts) < served + 20:
+                    await asyncio.sleep(0.01)
+                over.set()
+                await asyncio.gather(*asking)
+                assert set(counts) == {5}
+                assert new.returncode is None
+            await client.close()
 
     run(body)
 

@@ -10,12 +10,13 @@ from tests.fakes import EOS, byte_tokenizer
 CUMULATIVE, DELTA, FINAL = RequestOutputKind
 
 
-def stream(*, tokenizer=True, prompt="P", **params):
+def stream(*, tokenizer=True, prompt="P", interval=1, **params):
     params = SamplingParams(**params)
     tok = byte_tokenizer() if tokenizer else None
     processor = PromptProcessor(tok, vocab_size=260, max_model_len=99)
     prompt = prompt if tokenizer else [1]
-    return RequestStream(processor.prepare("r", prompt, params), tok)
+    prepared = processor.prepare("r", prompt, params)
+    return RequestStream(prepared, tok, interval=interval)
 
 
 def tokens(text, index=0, **fields):
@@ -47,6 +48,20 @@ def test_deltas_add_up():
     taken = feed(stream(output_kind=DELTA), "héy", finish_reason="length")
     assert [output.outputs[0].text for output in taken] == ["h", "", "é", "y"]
     assert [len(output.outputs[0].token_ids) for output in taken] == [1] * 4
+
+
+def test_outputs_wait_for_tokens_but_not_at_either_end():
+    request = stream(output_kind=DELTA, interval=3)
+    taken = feed(request, "abcdefghi", finish_reason="length")
+    assert [output.outputs[0].text for output in taken] == ["a", "bcd", "efg", "hi"]
+    # A sequence that ends does not wait for the other.
+    request = stream(output_kind=DELTA, interval=3, n=2, temperature=1)
+    request.push(tokens("a", 0))
+    assert request.take() is not None
+    request.push(tokens("b", 1))
+    assert request.take() is None
+    request.push(tokens("c", 0, finish_reason="stop"))
+    assert len(request.take().outputs) == 2
 
 
 def test_final_only_is_one():
