@@ -259,7 +259,9 @@ class AsyncLLM:
         if request_id is None:
             request_id = self._new_id()
         prepare = partial(self._prepare, request_id, prompt, params, priority, probes)
-        return await self._submit_as(request_id, prepare, on_first_token)
+        return await self._submit_as(
+            request_id, prepare, on_first_token, stream_interval
+        )
 
     def _new_id(self) -> str:
         return f"request-{next(self._ids)}"
@@ -269,6 +271,7 @@ class AsyncLLM:
         request_id: str,
         prepare: Callable[[], Awaitable[PreparedRequest]],
         on_first_token: Callable[[], None] | None = None,
+        stream_interval: int = 1,
     ) -> OutputStream:
         """Takes an id, prepares the request of that id, and queues it."""
         if request_id in self._open:
