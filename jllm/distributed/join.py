@@ -90,6 +90,7 @@ def follow(config: HostConfig, facts: Mapping[str, str]) -> Follower:
         name, *values = channel.receive()
         channel.limit(None)
     except (ChannelClosedError, MessageError) as error:
+        channel.close()
         raise ConfigError(
             f"host 0 has ended before all hosts were there: {error}"
         ) from error
