@@ -72,6 +72,19 @@ class StartPlan:
         """Kind of device."""
         return self.mesh.devices.flat[0].platform
 
+    @property
+    def first_tokens(self) -> int:
+        """Size of the prefill program that the first token waits for.
+
+        On a computer the smallest that can serve every row: the larger ones take as
+        long to compile again, on the cores that compute, and longer to run. Elsewhere
+        the largest, since the pool depends on what that needs.
+        """
+        sizes = self.resolved.sizes
+        if self.platform != "cpu" or not self.config.compile_ahead:
+            return sizes.tokens[-1]
+        return next(size for size in sizes.tokens if size >= sizes.rows[-1])
+
     def weights(self) -> Weights:
         """Shapes, types and places of the weights."""
         specs = self.model.specs()
@@ -187,7 +200,7 @@ class StartPlan:
         builder = ProgramBuilder(
             self.model, options, self.weights(), self.place, use_cache=store is None
         )
-        programs = Programs(builder, options, store)
+        programs = Programs(builder, options, store, self.first_tokens)
         programs.start()
         return Compiling(options, programs)
 
@@ -213,7 +226,11 @@ def programs_that_fit(plan: StartPlan, compiling: Compiling) -> Compiling:
     config = plan.config
     compiling.programs.compile_first()
     num_blocks = compiling.options.num_blocks
-    budget = plan.budget(compiling.programs.temporary_bytes())
+    temporaries = compiling.programs.temporary_bytes()
+    if plan.first_tokens < plan.resolved.sizes.tokens[-1]:
+        # What the largest needs is not known yet.
+        temporaries = max(temporaries, plan.expected_temporaries())
+    budget = plan.budget(temporaries)
     if config.num_blocks is None and budget.require(1) < num_blocks:
         compiling.programs.close()
         compiling = plan.start(budget.temporaries)

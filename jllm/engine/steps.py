@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 
 from jllm.engine.cache_groups import append_to_tables, copy_blocks, window_tables
 from jllm.engine.inputs import (
@@ -20,6 +20,7 @@ from jllm.engine.inputs import (
     PrefillInput,
     split_vector,
 )
+from jllm.engine.scoring import Drawn, draw_tokens, score
 from jllm.engine.state import EngineState, Leaf, RowField, RowTable
 from jllm.layers.kernels import TileTable
 from jllm.models.base import Batch, Model, Weights
@@ -27,7 +28,7 @@ from jllm.sampling.draws import DrawMethod
 from jllm.sampling.logprobs import FINITE, prompt_logprobs
 from jllm.sampling.rows import SamplingRows, TokenHistory
 from jllm.sampling.rules import RuleLayout, restrict
-from jllm.sampling.sampler import SamplerOptions, draw, sample
+from jllm.sampling.sampler import SamplerOptions, sample
 from jllm.scheduler.plan import NO_BLOCK
 
 
@@ -86,20 +87,6 @@ class Turn(NamedTuple):
         return self.rows.sampling(self.positions())
 
 
-class Drawn(NamedTuple):
-    """Tokens of a step.
-
-    Attributes:
-        tokens: Drawn ids.
-        logits: Scores that they were drawn from.
-        finite: Whether a row's scores are finite.
-    """
-
-    tokens: Int[Array, " S"]
-    logits: Float[Array, "S V"]
-    finite: Bool[Array, " S"]
-
-
 def decode_step(
     model: Model,
     layout: InputLayout,
@@ -147,8 +134,8 @@ def decode_step(
     )
     state, hidden = _forward(model, weights, state, batch)
     turn = Turn(inputs.rows, rows, live.astype(jnp.int32), live)
-    score = partial(_score, model, method, weights, layout.num_rows)
-    drawn = score(hidden, turn.sampling())
+    scores = score(model, method, weights, layout.num_rows, hidden, turn.sampling())
+    drawn = draw_tokens(scores, method, turn.sampling())
     return _record_drawn(state, turn, drawn, hidden)
 
 
@@ -173,14 +160,15 @@ def prefill_step(
     last = hidden.at[batch.row_starts[1:] - 1].get(mode="clip")
     advance = jnp.where(live, inputs.num_tokens, 0)
     turn = Turn(inputs.rows, rows, advance, live & (inputs.samples == 1))
-    score = partial(_score, model, method, weights)
+    score_rows = partial(score, model, method, weights)
     counts = jnp.array(layout.scored_rows[:-1], jnp.int32)
-    drawn = jax.lax.switch(
+    scores = jax.lax.switch(
         jnp.sum(jnp.sum(inputs.samples) > counts),
-        [partial(score, count) for count in layout.scored_rows],
+        [partial(score_rows, count) for count in layout.scored_rows],
         last,
         turn.sampling(),
     )
+    drawn = draw_tokens(scores, method, turn.sampling())
     return _record_drawn(state, turn, drawn, hidden)
 
 
@@ -355,32 +343,6 @@ def _forward(
         batch.slots // block_size, batch.slots % block_size
     ].set(batch.tokens, mode="drop", unique_indices=True)
     return dataclasses.replace(state, kv=kv, block_tokens=block_tokens), hidden
-
-
-def _score(
-    model: Model,
-    method: DrawMethod,
-    weights: Weights,
-    num_scored: int,
-    last: Float[Array, "S E"],
-    sampling: SamplingRows,
-) -> Drawn:
-    """Draws a token for the first rows, greedy or by temperature; zeros for others."""
-    first = jax.tree.map(lambda column: column[:num_scored], sampling)
-    logits = model.logits(weights, last[:num_scored])
-    tokens = draw(logits, first, method)
-    # A NaN anywhere makes the largest logit NaN; padded ids are minus infinity.
-    finite = jnp.isfinite(jnp.max(logits, axis=-1))
-    rest = last.shape[0] - num_scored
-    if rest:
-        tokens, logits = (_pad_rows(x, rest) for x in (tokens, logits))
-        others = jnp.all(jnp.isfinite(last[num_scored:]), axis=-1)
-        finite = jnp.concatenate([finite, others])
-    return Drawn(tokens, logits, finite)
-
-
-def _pad_rows(x: Shaped[Array, "N ..."], count: int) -> Shaped[Array, "S ..."]:
-    return jnp.pad(x, [(0, count)] + [(0, 0)] * (x.ndim - 1))
 
 
 def _record_drawn(

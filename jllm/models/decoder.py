@@ -38,6 +38,7 @@ from jllm.layers.rope import (
     rope_frequencies,
     rotation_of,
 )
+from jllm.models.alike import AlikeLayers
 from jllm.models.base import (
     Batch,
     CacheGroup,
@@ -271,6 +272,7 @@ class Decoder:
             for rope, frequencies in self._frequencies.items()
         }
         pools: list[Array] = []
+        run_layer = AlikeLayers(self._layer, len(self.config.block.norms))
         group_of = {
             layer: index
             for index, group in enumerate(self.cache_groups)
@@ -281,7 +283,8 @@ class Decoder:
             rope = self.config.layers[layer].rope
             rotation = None if rope is None else rotations[rope]
             own = Layer(layer, weights, of_group, rotation, probe)
-            hidden, pool = self._layer(own, hidden, pool)
+            kind = self.config.layers[layer]
+            hidden, pool = run_layer(kind, own, hidden, pool)
             pools.append(pool)
         return probe("final", self._normed(weights, -1, hidden)), tuple(pools)
 

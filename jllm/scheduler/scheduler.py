@@ -121,14 +121,17 @@ class Scheduler:
 
     # --- planning ------------------------------------------------------------
 
-    def schedule(self) -> StepPlan | None:
+    def schedule(self, token_limit: int | None = None) -> StepPlan | None:
         """Plans the next step, which the caller must launch and later commit.
+
+        Args:
+            token_limit: Most tokens, if fewer than the budget; at least one per row.
 
         Returns:
             The plan, or None if nothing can be computed before the next commit.
         """
         assert len(self._launched) < MAX_UNCOMMITTED, "two plans await their commit"
-        draft = Draft(self._config, self._num_steps + 1)
+        draft = Draft(self._config, self._num_steps + 1, token_limit)
         num_preemptions = self._num_preemptions
         self._schedule_running(draft)
         if self._num_preemptions == num_preemptions:
@@ -141,8 +144,7 @@ class Scheduler:
         if plan is not None:
             self._num_steps = plan.step
             requests = draft.requests
-            chunks = requests[len(plan.decoding) :]
-            epochs = [request.num_preemptions for request in chunks]
+            epochs = [r.num_preemptions for r in requests[len(plan.decoding) :]]
             self._launched.append(LaunchedStep(plan, requests, epochs))
         return plan
 
@@ -156,8 +158,7 @@ class Scheduler:
                 self._schedule_chunk(request, draft, due.num_tokens)
             elif draft.appends_left:
                 length = self._decoding.num_computed_tokens(request) + 1
-                blocks = self._grow(request, length)
-                if blocks:
+                if blocks := self._grow(request, length):
                     self._decoding.append_block(request, blocks[0])
                     draft.appends_left -= 1
         planned = self._decoding.advance(draft.tokens_left)
