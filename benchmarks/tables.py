@@ -110,6 +110,26 @@ def _ratio(row: dict[str, Any]) -> str:
     return "" if ratio is None else f"{ratio:.2f} x"
 
 
+def startup() -> str:
+    """Seconds from the start of a process to its stages, by kind of start."""
+    rows = latest(record.read("startup"), "model", "dtype", "kind")
+    return markdown(
+        ["model", "type", "start", "imported", "first token", "spread", "all programs"],
+        [
+            [
+                row["model"],
+                row["dtype"],
+                row["kind"],
+                f"{row['imported']:.1f}",
+                f"{row['first_token']:.1f}",
+                f"{row['spread']:.0%}",
+                f"{row['compiled']:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def cpu_products() -> str:
     """The engine's steps beside the bare products of the network."""
     rows = latest(record.read("cpu_products"), "model", "dtype", "kind", "rows")
@@ -537,6 +557,7 @@ TABLES: dict[str, Callable[[], str]] = {
         sampling_thresholds,
         server,
         server_soak,
+        startup,
     )
 }
 

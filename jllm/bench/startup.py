@@ -6,6 +6,7 @@ that another start has written.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -22,6 +23,7 @@ from jllm.bench.statistics import percentile, spread
 from jllm.config import EngineConfig
 from jllm.errors import EngineStoppedError, InvalidRequestError
 
+KINDS = ("cold", "warm", "exported")
 STAGES = {
     "imported": "Python and its imports",
     "loaded": "engine ready: weights, first programs, pool",
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures and prints; returns the result for `--json`."""
-    counts = [f"num_iters_{kind}" for kind in ("cold", "warm", "exported")]
+    counts = [f"num_iters_{kind}" for kind in KINDS]
     for name in (*counts, "num_iters_warmup", "input_len"):
         low = int(name == "input_len")
         if getattr(options, name) < low:
@@ -89,33 +91,35 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _measure(
     config: EngineConfig, options: argparse.Namespace
 ) -> dict[str, list[dict[str, float]]]:
-    """Each kind of start so many times; folders are new and removed afterwards."""
+    """Each kind of start so many times, in turns; folders are removed afterwards."""
     if config.executables != "auto" or config.compilation_cache_dir is not None:
         raise InvalidRequestError(
             "executables and compilation_cache_dir are chosen by the benchmark"
         )
     length = options.input_len
-    runs: dict[str, list[dict[str, float]]] = {"cold": [], "warm": [], "exported": []}
-    for _ in range(options.num_iters_cold):
-        with _folder() as empty:
-            cold = dataclasses.replace(config, compilation_cache_dir=empty)
-            runs["cold"].append(_start(cold, length))
-    for kind, count in (
-        ("warm", options.num_iters_warm),
-        ("exported", options.num_iters_exported),
-    ):
-        if not count:
-            continue
-        with _folder() as cache, _folder() as executables:
-            own = dataclasses.replace(
-                config,
-                compilation_cache_dir=cache,
-                executables=executables if kind == "exported" else None,
-            )
+    counts: dict[str, int] = {
+        kind: getattr(options, f"num_iters_{kind}") for kind in KINDS
+    }
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    with contextlib.ExitStack() as folders:
+        cache, executables = (folders.enter_context(_folder()) for _ in range(2))
+        configs = {
+            "warm": dataclasses.replace(config, compilation_cache_dir=cache),
+            "exported": dataclasses.replace(
+                config, compilation_cache_dir=cache, executables=executables
+            ),
+        }
+        for kind, own in configs.items():
             # The first fills the folder; the next find in it what they need.
-            for _ in range(1 + options.num_iters_warmup):
+            for _ in range(1 + options.num_iters_warmup if counts[kind] else 0):
                 _start(own, length)
-            runs[kind] = [_start(own, length) for _ in range(count)]
+        # In turns, so that a slow spell of the machine meets all kinds.
+        for turn in range(max(counts.values())):
+            for kind in KINDS:
+                if turn < counts[kind]:
+                    with _folder() as empty:
+                        cold = dataclasses.replace(config, compilation_cache_dir=empty)
+                        runs[kind].append(_start(configs.get(kind, cold), length))
     return runs
 
 

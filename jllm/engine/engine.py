@@ -207,7 +207,7 @@ class Engine:
 
     def step(self) -> StepOutputs:
         """Launches the next step and returns the tokens of the one before it."""
-        plan = self._scheduler.schedule()
+        plan = self._scheduler.schedule(self.programs.token_limit)
         launched = self._launch(plan) if plan else None
         outputs = self._collect(self._in_flight) if self._in_flight else StepOutputs()
         if launched and launched.is_unsampled:

@@ -197,10 +197,6 @@ class ExecutableStore:
         names = (path.name for path in self._folder.iterdir() if path.is_dir())
         return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
-    def has(self, num_blocks: int, key: tuple[str, int]) -> bool:
-        """Whether there is a file of a program."""
-        return self._path(num_blocks, key).exists()
-
     def load(self, num_blocks: int, key: tuple[str, int], trees: Any) -> Any:
         """A program, or None if there is no usable file.
 

@@ -28,13 +28,9 @@ from jllm.engine.batches import (
     record_tokens,
 )
 from jllm.engine.inputs import DecodeInput, InputLayout, PrefillInput, split_vector
+from jllm.engine.scoring import draw_tokens, score, score_sampling_rows
 from jllm.engine.state import EngineState, Leaf, RowField
-from jllm.engine.steps import (
-    StepResult,
-    record_drawn,
-    score_rows,
-    score_sampling_rows,
-)
+from jllm.engine.steps import StepResult, record_drawn
 from jllm.models.base import Batch, CacheGroup, Weights
 from jllm.models.pipeline import OF_STAGE, Microbatch, PipelinedDecoder
 from jllm.sampling.draws import DrawMethod
@@ -138,9 +134,9 @@ def decode_tick(
     )
     state = _board(layout, state, turn, Microbatch.of(ragged, copies), count)
     state, leaving, hidden = _advance(model, layout, weights, state, batch)
-    drawn = score_rows(
-        model, method, weights, layout.num_rows, hidden, leaving.sampling()
-    )
+    sampling = leaving.sampling()
+    scores = score(model, method, weights, layout.num_rows, hidden, sampling)
+    drawn = draw_tokens(scores, method, sampling)
     return record_drawn(state, leaving, drawn, hidden)
 
 
@@ -171,13 +167,14 @@ def prefill_tick(
     state, leaving, hidden = _advance(model, layout, weights, state, batch)
     place = _oldest(state.flights)
     starts = _at(state.flights.microbatches.row_starts, place)
-    drawn = score_sampling_rows(
-        partial(score_rows, model, method, weights),
-        layout,
+    scores = score_sampling_rows(
+        partial(score, model, method, weights),
+        layout.scored_rows,
         hidden.at[starts[1:] - 1].get(mode="clip"),
         leaving.sampling(),
         _at(state.flights.num_samples, place),
     )
+    drawn = draw_tokens(scores, method, leaving.sampling())
     return record_drawn(state, leaving, drawn, hidden)
 
 

@@ -224,14 +224,16 @@ def fresh_bytes(program: Compiled) -> int:
 class Programs:
     """The programs of one engine, compiled in the background.
 
-    Serves with two, the largest prefill and the one that makes the state: any step can
-    run on the largest prefill program.
+    Serves with two, one that makes the state and one prefill: any step of no more
+    tokens than `token_limit` can run on a prefill program.
 
     Args:
         builder: Compiles a program.
         options: Sizes.
         store: Where executables are loaded from and perhaps written to, if anywhere.
         readiness: What the other hosts have, where there are some.
+        first_tokens: Size of the prefill program that serves first, no smaller than the
+            table has rows; None is the largest.
     """
 
     def __init__(
@@ -240,14 +242,18 @@ class Programs:
         options: ProgramOptions,
         store: ExecutableStore | None = None,
         readiness: Readiness | None = None,
+        first_tokens: int | None = None,
     ) -> None:
         """Compiles nothing yet."""
         self._builder, self._options, self._store = builder, options, store
         self._readiness, self._num_awaited = readiness, 0
+        self._first = ("prefill", first_tokens or options.sizes.tokens[-1])
         self._lock = threading.Lock()
         self._futures: dict[tuple[str, int], Future[Compiled]] = {}
         self._empty: Future[EngineState] | None = None
         self._background = BackgroundWork(num_compile_threads(), "jllm-compile")
+        # Touching new memory takes seconds, in which programs can be compiled.
+        self._state_work = BackgroundWork(1, "jllm-state")
         self._fallbacks: set[Fallback] = set()
         self._num_compiled = self._num_loaded = 0
         self._layouts: dict[tuple[str, int], InputLayout] = {}
@@ -267,23 +273,29 @@ class Programs:
         """Programs loaded from exported executables."""
         return self._num_loaded
 
-    def start(self) -> None:
-        """Starts to compile the programs that are needed first.
+    @property
+    def token_limit(self) -> int:
+        """Most tokens of a step that need not wait for a program."""
+        for size in reversed(self._options.sizes.tokens):
+            if self._is_ready(("prefill", size)):
+                return size
+        return self._first[1]
 
-        On the largest prefill any step can run; the smallest decode follows, since most
-        steps are small.
-        """
+    def start(self) -> None:
+        """Starts to make the first prefill program and the state."""
+        self._submit(self._first)
         with self._lock:
             if self._empty is None:
-                self._empty = self._background.submit(self._make_state)
-        for key in (*self._awaited_keys(), ("decode", self._options.sizes.rows[0])):
-            self._submit(key)
+                self._empty = self._state_work.submit(self._make_state)
 
     def compile_first(self) -> None:
-        """Returns when the largest prefill program can be used."""
+        """Returns when the first prefill program can be used.
+
+        The smallest decode follows it, since most steps are small.
+        """
         self.start()
-        for key in self._awaited_keys():
-            self._submit(key).result()
+        self._submit(self._first).result()
+        self._submit(("decode", self._options.sizes.rows[0]))
 
     def compile_rest(self) -> None:
         """Starts to compile the others in the background."""
@@ -293,15 +305,18 @@ class Programs:
     def all_keys(self) -> list[tuple[str, int]]:
         """Every program that steps use, those needed soonest first."""
         sizes = self._options.sizes
-        return [
+        keys = [
             ("sampler", self._table_rows),
             ("prefill", sizes.tokens[0]),
+            ("decode", self._table_rows),
+            ("prefill", sizes.tokens[-1]),
             *(("decode", size) for size in reversed(sizes.rows)),
-            *(("prefill", size) for size in sizes.tokens[1:]),
+            *(("prefill", size) for size in sizes.tokens),
             *(("sampler", size) for size in reversed(sizes.rows[:-1])),
             ("prompt_logprobs", sizes.tokens[-1]),
             *(("pool", size) for size in sizes.tokens),
         ]
+        return list(dict.fromkeys(keys))
 
     def wait(self) -> None:
         """Returns when every program is compiled."""
@@ -328,14 +343,15 @@ class Programs:
                 is not ready is passed over while a larger one's is.
         """
         sizes = self._options.sizes
-        fitting = [("decode", n) for n in sizes.rows if is_decode and n >= num_rows]
-        fitting += [("prefill", n) for n in sizes.tokens if n >= num_tokens]
-        ready = [key for key in fitting if self._is_ready(key)]
-        if has_rules:
-            ready = [key for key in ready if self._is_ready(self._sampler_of(key))]
-        if not ready:
-            ready = [("prefill", sizes.tokens[-1])]
-        return self.named(*ready[0])
+        decodes = [("decode", n) for n in sizes.rows if is_decode and n >= num_rows]
+        prefills = [("prefill", n) for n in sizes.tokens if n >= num_tokens]
+        for key in (*decodes, *prefills):
+            sampler = self._sampler_of(key)
+            if self._is_ready(key) and (not has_rules or self._is_ready(sampler)):
+                return self.named(*key)
+        # Some program has to be waited for: at best only the sampler of all rows.
+        ready = [key for key in prefills if self._is_ready(key)]
+        return self.named(*(ready or prefills)[0])
 
     def get(self, kind: str, size: int) -> Compiled:
         """A program; waits until it is compiled, before all others that are not yet."""
@@ -380,12 +396,12 @@ class Programs:
         return self.get("pool", num_tokens)
 
     def temporary_bytes(self) -> int:
-        """Scratch memory and results of the largest program, per device.
+        """Scratch memory and results of the largest of some programs, per device.
 
-        That is the largest prefill, or one that looks at whole rows of logits; these
+        These are the first prefill, and those that look at whole rows of logits, which
         are compiled later, hence estimated.
         """
-        _, program = self.largest_prefill()
+        _, program = self.named(*self._first)
         return max(
             fresh_bytes(program), sampler_bytes(self._builder.logits(self._table_rows))
         )
@@ -393,19 +409,13 @@ class Programs:
     def close(self) -> None:
         """Drops what is not being compiled yet, waits for the rest, frees the state."""
         self._background.close()
+        self._state_work.close()
         # Its pool must be gone before another one is made in its place.
         self._empty = None
 
     @property
     def _table_rows(self) -> int:
         return self._options.table_rows
-
-    def _awaited_keys(self) -> list[tuple[str, int]]:
-        """The largest prefill, and the smallest where it need not be compiled."""
-        first, last = (("prefill", self._options.sizes.tokens[i]) for i in (0, -1))
-        store, num_blocks = self._store, self._options.num_blocks
-        has_first = store is not None and store.has(num_blocks, first)
-        return [last, first] if has_first and first != last else [last]
 
     def _make_state(self) -> EngineState:
         return self._build(("init_state", self._options.num_blocks))()

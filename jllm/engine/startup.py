@@ -84,6 +84,20 @@ class StartPlan:
         assert isinstance(self.mesh, Mesh)
         return list(self.mesh.devices.flat)
 
+    @property
+    def first_tokens(self) -> int:
+        """Size of the prefill program that the first token waits for.
+
+        On a computer the smallest that can serve every row: the larger ones take as
+        long to compile again, on the cores that compute, and longer to run. Elsewhere
+        the largest, since the pool depends on what that needs; in a pipeline too, where
+        a step must hold all that is on its way.
+        """
+        sizes, is_one = self.resolved.sizes, self.config.pipeline_parallel_size == 1
+        if self.platform != "cpu" or not self.config.compile_ahead or not is_one:
+            return sizes.tokens[-1]
+        return next(size for size in sizes.tokens if size >= sizes.rows[-1])
+
     def weights(self) -> Weights:
         """Shapes, types and places of the weights."""
         specs = self.model.specs()
@@ -233,7 +247,7 @@ class StartPlan:
         options = program_options(self.resolved, self.model, num_blocks)
         fills = store is not None and store.fills
         builder = self.builder(num_blocks, use_cache=not fills)
-        programs = Programs(builder, options, store, readiness)
+        programs = Programs(builder, options, store, readiness, self.first_tokens)
         programs.start()
         return Compiling(options, programs)
 
@@ -259,7 +273,11 @@ def programs_that_fit(plan: StartPlan, compiling: Compiling) -> Compiling:
     config = plan.config
     compiling.programs.compile_first()
     num_blocks = compiling.options.num_blocks
-    budget = plan.budget(compiling.programs.temporary_bytes())
+    temporaries = compiling.programs.temporary_bytes()
+    if plan.first_tokens < plan.resolved.sizes.tokens[-1]:
+        # What the largest needs is not known yet.
+        temporaries = max(temporaries, plan.expected_temporaries())
+    budget = plan.budget(temporaries)
     if config.num_blocks is None and budget.require(1) < num_blocks:
         compiling.programs.close()
         compiling = plan.start(budget.temporaries)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 
 from jllm.engine.batches import (
     Turn,
@@ -27,13 +27,14 @@ from jllm.engine.inputs import (
     PrefillInput,
     split_vector,
 )
+from jllm.engine.scoring import Drawn, draw_tokens, score, score_sampling_rows
 from jllm.engine.state import EngineState, Leaf, RowField, RowTable
 from jllm.models.base import Batch, KVCache, Model, Weights
 from jllm.sampling.draws import DrawMethod
 from jllm.sampling.logprobs import FINITE, prompt_logprobs
-from jllm.sampling.rows import SamplingRows, TokenHistory
+from jllm.sampling.rows import TokenHistory
 from jllm.sampling.rules import RuleLayout, restrict
-from jllm.sampling.sampler import SamplerOptions, draw, sample
+from jllm.sampling.sampler import SamplerOptions, sample
 
 Forward = Callable[[Weights, KVCache, Batch], tuple[Array, KVCache]]
 """What computes hidden states in a step: the model's own function, or a probed one."""
@@ -74,20 +75,6 @@ class SamplerInput(NamedTuple):
     arguments: tuple[Leaf, ...] = ()  # [R, ...] each
 
 
-class Drawn(NamedTuple):
-    """Tokens of a step.
-
-    Attributes:
-        tokens: Drawn ids.
-        logits: Scores that they were drawn from.
-        finite: Whether a row's scores are finite.
-    """
-
-    tokens: Int[Array, " S"]
-    logits: Float[Array, "S V"]
-    finite: Bool[Array, " S"]
-
-
 def decode_step(
     model: Model,
     layout: InputLayout,
@@ -104,8 +91,9 @@ def decode_step(
     inputs = DecodeInput(**split_vector(layout, vector))
     state, turn, batch = enter_decode(model.cache_groups, layout, state, inputs)
     state, hidden = _forward(forward or model.forward, weights, state, batch)
-    drawn = score_rows(model, method, weights, layout.num_rows, hidden, turn.sampling())
-    return record_drawn(state, turn, drawn, hidden)
+    sampling = turn.sampling()
+    scores = score(model, method, weights, layout.num_rows, hidden, sampling)
+    return record_drawn(state, turn, draw_tokens(scores, method, sampling), hidden)
 
 
 def prefill_step(
@@ -125,13 +113,14 @@ def prefill_step(
     state, turn, batch = enter_prefill(model.cache_groups, layout, state, inputs)
     state, hidden = _forward(forward or model.forward, weights, state, batch)
     last = hidden.at[batch.row_starts[1:] - 1].get(mode="clip")
-    drawn = score_sampling_rows(
-        partial(score_rows, model, method, weights),
-        layout,
+    scores = score_sampling_rows(
+        partial(score, model, method, weights),
+        layout.scored_rows,
         last,
         turn.sampling(),
         jnp.sum(inputs.samples),
     )
+    drawn = draw_tokens(scores, method, turn.sampling())
     return record_drawn(state, turn, drawn, hidden)
 
 
@@ -206,57 +195,6 @@ def _forward(
     """Runs the network and records the tokens of the places that it wrote."""
     hidden, kv = forward(weights, state.kv, batch)
     return record_tokens(dataclasses.replace(state, kv=kv), batch), hidden
-
-
-def score_rows(
-    model: Model,
-    method: DrawMethod,
-    weights: Weights,
-    num_scored: int,
-    last: Float[Array, "S E"],
-    sampling: SamplingRows,
-) -> Drawn:
-    """Draws a token for the first rows, greedy or by temperature; zeros for others."""
-    first = jax.tree.map(lambda column: column[:num_scored], sampling)
-    logits = model.logits(weights, last[:num_scored])
-    tokens = draw(logits, first, method)
-    # A NaN anywhere makes the largest logit NaN; padded ids are minus infinity.
-    finite = jnp.isfinite(jnp.max(logits, axis=-1))
-    rest = last.shape[0] - num_scored
-    if rest:
-        tokens, logits = (_pad_rows(x, rest) for x in (tokens, logits))
-        others = jnp.all(jnp.isfinite(last[num_scored:]), axis=-1)
-        finite = jnp.concatenate([finite, others])
-    return Drawn(tokens, logits, finite)
-
-
-def score_sampling_rows(
-    score: Callable[[int, Array, SamplingRows], Drawn],
-    layout: InputLayout,
-    last: Float[Array, "S E"],
-    sampling: SamplingRows,
-    num_samples: Int[Array, ""],
-) -> Drawn:
-    """Draws tokens in the smallest number of rows that holds those that sample.
-
-    Args:
-        score: `score_rows` but for its last three arguments.
-        layout: Sizes of the program.
-        last: Hidden state of the last token of each row.
-        sampling: How its next token is drawn.
-        num_samples: Rows that sample; they come first.
-    """
-    counts = jnp.array(layout.scored_rows[:-1], jnp.int32)
-    return jax.lax.switch(
-        jnp.sum(num_samples > counts),
-        [partial(score, count) for count in layout.scored_rows],
-        last,
-        sampling,
-    )
-
-
-def _pad_rows(x: Shaped[Array, "N ..."], count: int) -> Shaped[Array, "S ..."]:
-    return jnp.pad(x, [(0, count)] + [(0, 0)] * (x.ndim - 1))
 
 
 def record_drawn(

@@ -37,6 +37,7 @@ from jllm.layers.rope import (
     rope_frequencies,
     rotation_of,
 )
+from jllm.models.alike import AlikeLayers
 from jllm.models.base import (
     Batch,
     CacheGroup,
@@ -278,6 +279,7 @@ class Decoder:
             for rope, frequencies in self._frequencies.items()
         }
         pools: list[Array] = []
+        run_layer = AlikeLayers(self._layer, len(self.config.block.norms))
         group_of = {
             layer: index
             for index, group in enumerate(self.cache_groups)
@@ -288,7 +290,8 @@ class Decoder:
             rope = self.config.layers[layer].rope
             rotation = None if rope is None else rotations[rope]
             own = Layer(layer, weights, of_group, rotation, probe)
-            changed, pool = self._layer(own, hidden, pool)
+            kind = self.config.layers[layer]
+            changed, pool = run_layer(kind, own, hidden, pool)
             counts = takes_part[layer] if takes_part else None
             hidden = changed if counts is None else jnp.where(counts, changed, hidden)
             pools.append(pool)

@@ -45,6 +45,11 @@ class Probe:
             for name in matching(pattern, names, "edit"):
                 self._edits.setdefault(name, []).append(function)
 
+    @property
+    def is_active(self) -> bool:
+        """Whether any activation is collected or changed."""
+        return bool(self._captures or self._edits)
+
     def wants(self, name: str) -> bool:
         """Whether the activation is collected or changed."""
         return name in self._captures or name in self._edits

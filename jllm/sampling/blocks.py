@@ -40,7 +40,13 @@ def argmax(scores: Float[Array, "S V"]) -> Int[Array, " S"]:
     """Finds the lowest id with the largest score; any id in a row that holds a NaN."""
     # One pass of plain maxima: the paired reduction of jnp.argmax is slow on CPU.
     blocks = split_blocks(scores, DRAW_BLOCKS)
-    maxima = jnp.max(blocks, axis=2)
+    return find_best(blocks, jnp.max(blocks, axis=2))
+
+
+def find_best(
+    blocks: Float[Array, "S A N"], maxima: Float[Array, "S A"]
+) -> Int[Array, " S"]:
+    """The same, given the largest score of each block."""
     best = jnp.max(maxima, axis=1, keepdims=True)
     chosen = first_true(maxima == best)
     place = first_true(take_block(blocks, chosen) == best)

@@ -6,14 +6,20 @@ vocabulary: they reduce over it, and gather one block of it.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Key, UInt32
 
-from jllm.sampling.blocks import DRAW_BLOCKS, argmax, split_blocks, take_block
+from jllm.sampling.blocks import (
+    DRAW_BLOCKS,
+    argmax,
+    find_best,
+    split_blocks,
+    take_block,
+)
 from jllm.sampling.temperature import log_weights, weights
 
 DrawMethod = Literal["inverse_cdf", "gumbel"]
@@ -31,19 +37,45 @@ def row_keys(
     return jax.vmap(jax.random.fold_in)(keys, position)
 
 
+class Survey(NamedTuple):
+    """What one look at all scores leaves, from which a token is found in one block.
+
+    Attributes:
+        maxima: Largest score of each block of ids.
+        sums: Sum of the weights of each block at the row's temperature.
+    """
+
+    maxima: Float[Array, "S A"]
+    sums: Float[Array, "S A"]
+
+
+def survey(scores: Float[Array, "S V"], temperature: Float[Array, " S"]) -> Survey:
+    """Looks at all scores, for `inverse_cdf` and `best_of`."""
+    blocks = split_blocks(scores, DRAW_BLOCKS)
+    maxima = jnp.max(blocks, axis=2)
+    best = jnp.max(maxima, axis=1)
+    return Survey(maxima, jnp.sum(weights(blocks, best, temperature), axis=2))
+
+
+def best_of(scores: Float[Array, "S V"], found: Survey) -> Int[Array, " S"]:
+    """The id with the largest score, as `argmax` finds it."""
+    return find_best(split_blocks(scores, DRAW_BLOCKS), found.maxima)
+
+
 def inverse_cdf(
     scores: Float[Array, "S V"],
     temperature: Float[Array, " S"],
     keys: Key[Array, " S"],
+    found: Survey | None = None,
 ) -> Int[Array, " S"]:
     """Draws by two uniforms per row: one chooses a block of ids, one an id within it.
 
     There is no prefix sum over the vocabulary, only over the sums of the blocks and
     over one block; and no uniform has to resolve a single token of a large vocabulary.
     """
+    maxima, sums = found or survey(scores, temperature)
     blocks = split_blocks(scores, DRAW_BLOCKS)
-    best = jnp.max(scores, axis=1)
-    sums = jnp.sum(weights(blocks, best, temperature), axis=2)
+    best = jnp.max(maxima, axis=1)
     uniforms = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     chosen = _choose(sums, uniforms[:, 0])
     block = take_block(blocks, chosen)

@@ -12,7 +12,15 @@ from jaxtyping import Float, Int, Shaped
 from jllm.processors import LogitsProcessor, argument_defaults
 from jllm.sampling import transforms
 from jllm.sampling.blocks import argmax
-from jllm.sampling.draws import DRAWS, DrawMethod, row_keys
+from jllm.sampling.draws import (
+    DRAWS,
+    DrawMethod,
+    Survey,
+    best_of,
+    inverse_cdf,
+    row_keys,
+    survey,
+)
 from jllm.sampling.logprobs import pack_result
 from jllm.sampling.processors import apply_processors, processor_rows, spoiled
 from jllm.sampling.rows import SamplingRows, TokenHistory
@@ -87,11 +95,24 @@ def draw(
     logits: Float[Array, "S V"],
     rows: SamplingRows,
     method: DrawMethod = "inverse_cdf",
+    found: Survey | None = None,
 ) -> Int[Array, " S"]:
-    """Takes the best id of greedy rows, draws from the softmax of the others."""
+    """Takes the best id of greedy rows, draws from the softmax of the others.
+
+    Args:
+        logits: The model's scores.
+        rows: Parameters of each row.
+        method: How a token is drawn.
+        found: What `survey` says of these scores, where it has been asked already.
+    """
     keys = row_keys(rows.seed, rows.position)
-    drawn = DRAWS[method](logits, rows.temperature, keys)
-    return jnp.where(rows.temperature < GREEDY_TEMPERATURE, argmax(logits), drawn)
+    if method == "inverse_cdf":
+        found = found or survey(logits, rows.temperature)
+        drawn = inverse_cdf(logits, rows.temperature, keys, found)
+        best = best_of(logits, found)
+    else:
+        drawn, best = DRAWS[method](logits, rows.temperature, keys), argmax(logits)
+    return jnp.where(rows.temperature < GREEDY_TEMPERATURE, best, drawn)
 
 
 def sample(

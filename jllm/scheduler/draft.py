@@ -39,10 +39,20 @@ class Draft:
         "tokens_left",
     )
 
-    def __init__(self, config: SchedulerConfig, step: int) -> None:
-        """Starts without rows."""
+    def __init__(
+        self, config: SchedulerConfig, step: int, token_limit: int | None = None
+    ) -> None:
+        """Starts without rows.
+
+        Args:
+            config: The limits.
+            step: Number of the step.
+            token_limit: Most tokens, if fewer than the budget.
+        """
         self.step = step
-        self.tokens_left = self._budget = config.token_budget
+        budget = config.token_budget
+        self._budget = budget if token_limit is None else min(budget, token_limit)
+        self.tokens_left = self._budget
         self.appends_left = config.max_block_appends
         self.copies_left = config.max_block_copies
         self.num_starts = 0

@@ -116,8 +116,11 @@ class Scheduler:
 
     # --- planning ------------------------------------------------------------
 
-    def schedule(self) -> StepPlan | None:
+    def schedule(self, token_limit: int | None = None) -> StepPlan | None:
         """Plans the next step, which the caller must launch and later commit.
+
+        Args:
+            token_limit: Most tokens, if fewer than the budget; at least one per row.
 
         Returns:
             The plan, or None if nothing can be computed before the next commit. One
@@ -125,7 +128,7 @@ class Scheduler:
         """
         num_stages = self._config.num_stages
         assert len(self._launched) <= num_stages, "too many plans await their commit"
-        draft = Draft(self._config, self._num_steps + 1)
+        draft = Draft(self._config, self._num_steps + 1, token_limit)
         num_preemptions = self._num_preemptions
         self._schedule_running(draft)
         if self._num_preemptions == num_preemptions:
@@ -154,8 +157,7 @@ class Scheduler:
                 self._schedule_chunk(request, draft, due.num_tokens)
             elif draft.appends_left:
                 length = self._decoding.num_computed_tokens(request) + 1
-                blocks = self._grow(request, length)
-                if blocks:
+                if blocks := self._grow(request, length):
                     self._decoding.append_block(request, blocks[0])
                     draft.appends_left -= 1
         limit = min(due.num_tokens, draft.tokens_left)

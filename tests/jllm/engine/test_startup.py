@@ -20,7 +20,7 @@ def held_back(monkeypatch):
     gate, build = threading.Event(), ProgramBuilder.build
 
     def wait_and_build(self, kind, size):
-        if (kind, size) not in {("init_state", 256), ("prefill", 96)}:
+        if (kind, size) not in {("init_state", 256), ("prefill", 64)}:
             assert gate.wait(60)
         return build(self, kind, size)
 
@@ -39,6 +39,23 @@ def test_requests_are_served_while_the_other_programs_compile(held_back):
     held_back.set()
     engine.wait_until_compiled()
     assert engine.programs.num_compiled == len(engine.programs.all_keys()) + 1
+    engine.close()
+
+
+def test_a_long_prompt_is_cut_to_the_programs_that_are_ready(held_back):
+    engine = make_engine(compile_ahead=True, **SMALL_SIZES)
+    answers: list[list[int]] = []
+    for number, limit in enumerate((64, 96)):
+        assert engine.programs.token_limit == limit
+        engine.add(request(number, range(3, 133), temperature=0, max_tokens=1))
+        steps = engine.metrics.steps
+        outputs = drain(engine)
+        answers.append([token for output in outputs for token in output.token_ids])
+        assert engine.metrics.steps - steps == -(-130 // limit)
+        engine.reset_prefix_cache()
+        held_back.set()
+        engine.wait_until_compiled()
+    assert answers[0] == answers[1] != []
     engine.close()
 
 

@@ -91,6 +91,18 @@ def test_a_prompt_is_computed_in_chunks_and_then_token_by_token():
     assert scheduler.schedule() is None
 
 
+@pytest.mark.parametrize(("limit", "counts"), [(5, [5, 1]), (16, [6]), (99, [6])])
+def test_a_step_may_be_limited_to_fewer_tokens_than_the_budget(limit, counts):
+    scheduler = make()
+    scheduler.add(request(0, max_tokens=1))
+    found = []
+    while scheduler.has_unfinished:
+        plan = scheduler.schedule(limit)
+        commit(scheduler, plan)
+        found.append(plan.num_tokens)
+    assert found == counts
+
+
 def test_single_tokens_and_chunks_share_a_step_within_the_budget():
     scheduler = make(token_budget=8)
     scheduler.add(request(0, range(8)))
