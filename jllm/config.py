@@ -64,6 +64,10 @@ class EngineConfig:
     attention: AttentionImplementation = _option(
         "auto", "attention implementation; a forced one never falls back"
     )
+    deterministic: bool = _option(
+        False,
+        "bitwise the same logits for a request in any batch, chunking and prefix hit",
+    )
     tensor_parallel_size: int = _option(1, "devices that share each layer")
     data_parallel_size: int = _option(1, "independent replicas of the model")
     compile_ahead: bool = _option(
@@ -98,6 +102,7 @@ class EngineConfig:
             "skip_tokenizer_init",
             "enable_prefix_caching",
             "overlap",
+            "deterministic",
             "compile_ahead",
         ):
             if not isinstance(getattr(self, field), bool):

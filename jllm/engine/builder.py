@@ -2,8 +2,9 @@
 
 import dataclasses
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,11 +23,28 @@ from jllm.engine.steps import (
     prompt_logprobs_step,
     sampler_step,
 )
-from jllm.layers.kernels import collect_fallbacks
+from jllm.layers.kernels import Target, collect_fallbacks
 from jllm.models.base import Model, Weights
 from jllm.sampling.rules import RuleLayout
 from jllm.sampling.sampler import SamplerOptions
 from jllm.sampling.transforms import ThresholdSearch
+
+DETERMINISTIC: Mapping[str, Mapping[str, bool | int | str]] = MappingProxyType(
+    {
+        # What was measured or raced must not choose.
+        "gpu": {
+            "xla_gpu_autotune_level": 0,
+            "xla_gpu_deterministic_ops": True,
+            "xla_gpu_exclude_nondeterministic_ops": True,
+        },
+        # XLA adds up a row in one order; YNNPACK, which it leaves larger sums to, in
+        # another. Products alone are in one order there.
+        "cpu": {
+            "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+        },
+    }
+)
+"""Options of XLA for deterministic programs, by platform."""
 
 
 def empty_state(description: EngineState) -> EngineState:
@@ -169,6 +187,13 @@ class ProgramBuilder:
         )
 
     @property
+    def _compiler_options(self) -> dict[str, Any] | None:
+        if self._model.options.row_tiles is None:
+            return None
+        target = Target.of(self._place.mesh.devices.flat[0])
+        return dict(DETERMINISTIC.get(target.platform, {}))
+
+    @property
     def _logits_place(self) -> Sharding:
         """Logits stay where the vocabulary is."""
         return NamedSharding(self._place.mesh, PartitionSpec(None, "tensor"))
@@ -205,4 +230,5 @@ class ProgramBuilder:
             out_shardings=(state, rest),
             keep_unused=True,
         )
-        return Executable(jitted.lower(*arguments).compile(), frozenset(found))
+        compiled = jitted.lower(*arguments).compile(self._compiler_options)
+        return Executable(compiled, frozenset(found))

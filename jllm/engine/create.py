@@ -101,6 +101,7 @@ def _create_replica(
             attention=config.attention,
             target=Target.of(device),
             mesh=mesh if mesh.size > 1 else None,
+            row_tiles=resolved.row_tiles,
         ),
     )
     plan = StartPlan(config, files, resolved, model, mesh, capacity)

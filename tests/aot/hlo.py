@@ -48,6 +48,7 @@ weight fetched slice by slice arrives in the memory of a TPU's core."""
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 OPCODE = re.compile(r"(?:^|[)}\]] )([a-z][\w\-]*)\(")
+GEMM = "gemm"
 UPDATES = re.compile(r" (?:scatter|dynamic-update-slice)\(")
 
 
@@ -185,6 +186,25 @@ def collectives(text):
         if opcode in COLLECTIVES:
             found.append([opcode, instruction.bytes])
     return found
+
+
+def products(text):
+    """Type and dimensions of the result of every product, each once.
+
+    Attention's are in kernels and not seen; of several arrays the first is meant.
+    """
+    found = set()
+    for line in text.splitlines():
+        instruction = parse_instruction(line)
+        if instruction is None or not instruction.arrays:
+            continue
+        opcode = instruction.opcode
+        if opcode in ("dot", "convolution") or (
+            opcode == "custom-call" and GEMM in line
+        ):
+            kind, dims, _ = instruction.arrays[0]
+            found.add(f"{kind}[{','.join(map(str, dims))}]")
+    return sorted(found)
 
 
 def aliased_parameters(text):
