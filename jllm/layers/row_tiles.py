@@ -17,10 +17,13 @@ class RowTiles:
         size: Rows at a time, missing ones are zeros.
         is_least: Whether the device's library adds up a row in one order from so many
             rows on, so that more are computed at once.
+        output_multiple: That order also asks for outputs in such a number; a weight
+            that has another is padded in every step.
     """
 
     size: int
     is_least: bool = False
+    output_multiple: int = 1
 
 
 def in_row_tiles(

@@ -1,6 +1,7 @@
 """`deterministic=True`: the bits of a request's scores are those it has alone.
 
-Every score of the vocabulary is compared, of prompts and of generated tokens.
+Log-probabilities of prompts and of generated tokens are compared by their bits; each
+depends on the scores of the whole vocabulary.
 """
 
 import functools
@@ -32,8 +33,10 @@ FAMILIES = {
     },
 }
 CASES = [(family, dtype) for family in FAMILIES for dtype in ("float32", "bfloat16")]
-LENGTHS = (1, 17, 40, 64, 75, 100, 139)
+LENGTHS = (1, 17, 64, 75, 139)
 START = np.random.default_rng(3).integers(3, VOCAB, 50).tolist()
+SCORES = 20
+"""Returned with each token; their normaliser depends on all of the vocabulary."""
 
 
 def requests(*, of_prompts=False):
@@ -42,17 +45,17 @@ def requests(*, of_prompts=False):
     made = []
     for i, length in enumerate(LENGTHS):
         prompt = rng.integers(3, VOCAB, length).tolist()
-        prompt = START + prompt[50:] if i in (4, 6) else prompt
+        prompt = START + prompt[50:] if i > 2 else prompt
         made.append(
             request(
                 i,
                 prompt,
                 temperature=0.9 * (i % 2),
                 seed=i,
-                max_tokens=9 if i else 40,
+                max_tokens=6 if i else 16,
                 ignore_eos=True,
-                logprobs=-1,
-                prompt_logprobs=-1 if of_prompts else None,
+                logprobs=SCORES,
+                prompt_logprobs=SCORES if of_prompts else None,
             )
         )
     return made
@@ -61,9 +64,7 @@ def requests(*, of_prompts=False):
 def engine_for(family, dtype, **options):
     folder = folder_for(family)
     options = SMALL | {"dtype": dtype, "deterministic": True} | options
-    config = EngineConfig(
-        model=str(folder), load_format="random", max_logprobs=-1, **options
-    )
+    config = EngineConfig(model=str(folder), load_format="random", **options)
     return create_engine(config)
 
 
@@ -84,7 +85,7 @@ def bits_of(engine, items):
             for entry in entries or ():
                 order = np.argsort(entry.top_ids)
                 scores = np.float32(entry.top_logprobs)[order]
-                assert len(scores) == VOCAB
+                assert len(scores) >= SCORES
                 found[output.request_id].append(scores.tobytes())
     return found
 
@@ -117,7 +118,7 @@ def test_in_a_batch_and_after_prefix_hits(family, dtype):
     hits = engine.scheduler.num_prefix_hits
     for item in requests():
         check(bits_of(engine, [item]), {item.request_id: expected[item.request_id]})
-    assert engine.scheduler.num_prefix_hits > hits + 200
+    assert engine.scheduler.num_prefix_hits > hits + 100
     engine.close()
 
 
