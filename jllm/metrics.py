@@ -83,7 +83,8 @@ class EngineStats:
     Attributes:
         num_running: Sequences in the steps.
         num_waiting: Sequences that wait for their turn.
-        block_states: `BlockState` of each KV block that holds a whole context.
+        block_states: `BlockState` of each KV block, those of layers that see the whole
+            context first, then those of each window.
         kv_bytes: Bytes of the KV blocks of all layers, on one device of each replica.
         kv_bytes_used: Bytes of those that requests hold.
         num_prefix_queries: Prompt tokens looked for in the prefix cache.

@@ -12,7 +12,7 @@ from prometheus_client.core import (
     HistogramMetricFamily,
 )
 
-from jllm import STEP_TOKEN_BOUNDS, BlockState, EngineStats
+from jllm import STEP_TOKEN_BOUNDS, EngineStats
 from server.admission import Admission
 from server.event_loop import Turns
 from server.histogram import Counts, make_family
@@ -263,9 +263,8 @@ class _EngineCollector:
     def collect(self) -> Iterator[Any]:
         """Gives all families."""
         stats = self._llm.stats()
-        states = stats.block_states
-        used = sum(state >= BlockState.USED for state in states)
-        yield from self._gauges(stats, used / max(len(states), 1))
+        # By bytes: blocks of layers with other windows are of other sizes.
+        yield from self._gauges(stats, stats.kv_bytes_used / max(stats.kv_bytes, 1))
         for name, text, value in (
             (
                 "prefix_cache_queries",
@@ -285,7 +284,7 @@ class _EngineCollector:
             "the KV cache",
             labels=(*LABELS, "block_size", "num_gpu_blocks", "cache_dtype"),
         )
-        shape = (str(stats.block_size), str(len(states)), "auto")
+        shape = (str(stats.block_size), str(len(stats.block_states)), "auto")
         info.add_metric([*self._values, *shape], 1)
         yield info
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from jllm.engine.steps import (
     prompt_logprobs_step,
     sampler_step,
 )
-from jllm.layers.kernels import collect_fallbacks
+from jllm.layers.kernels import Target, collect_fallbacks
 from jllm.models.base import Model, Weights
 from jllm.models.pipeline import PipelinedDecoder
 from jllm.processors import argument_defaults
@@ -46,6 +47,24 @@ def local_zeros(description: jax.ShapeDtypeStruct) -> jax.Array:
         for device in place.addressable_devices
     ]
     return jax.make_array_from_single_device_arrays(shape, place, shards)
+
+
+DETERMINISTIC: Mapping[str, Mapping[str, bool | int | str]] = MappingProxyType(
+    {
+        # What was measured or raced must not choose.
+        "gpu": {
+            "xla_gpu_autotune_level": 0,
+            "xla_gpu_deterministic_ops": True,
+            "xla_gpu_exclude_nondeterministic_ops": True,
+        },
+        # XLA adds up a row in one order; YNNPACK, which it leaves larger sums to, in
+        # another. Products alone are in one order there.
+        "cpu": {
+            "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+        },
+    }
+)
+"""Options of XLA for deterministic programs, by platform."""
 
 
 def empty_state(description: EngineState) -> EngineState:
@@ -232,15 +251,19 @@ class ProgramBuilder:
 
     @property
     def _compiler_options(self) -> dict[str, Any] | None:
-        """On several hosts with GPUs each tunes for itself.
+        """What XLA is told; GPUs of several hosts tune each for itself.
 
         They would share that work by waiting for each other's part of every program,
         but they compile in threads, in no common order.
         """
-        mesh = self._place.mesh
-        if not mesh.is_multi_process or mesh.local_devices[0].platform != "gpu":
-            return None
-        return {"xla_gpu_shard_autotuning": False}
+        of_model = self._model.options
+        platform = of_model.target.platform
+        options: dict[str, Any] = {}
+        if of_model.row_tiles is not None:
+            options |= DETERMINISTIC.get(platform, {})
+        if platform == "gpu" and self._place.mesh.is_multi_process:
+            options["xla_gpu_shard_autotuning"] = False
+        return options or None
 
     @property
     def _logits_place(self) -> Sharding:
@@ -279,5 +302,5 @@ class ProgramBuilder:
             out_shardings=(state, rest),
             keep_unused=True,
         )
-        lowered = jitted.lower(*arguments)
-        return Executable(lowered.compile(self._compiler_options), frozenset(found))
+        compiled = jitted.lower(*arguments).compile(self._compiler_options)
+        return Executable(compiled, frozenset(found))

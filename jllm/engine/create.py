@@ -203,6 +203,7 @@ def plan_start(
             attention=config.attention,
             target=target,
             mesh=mesh if mesh.size > 1 else None,
+            row_tiles=resolved.row_tiles,
         ),
     )
     if config.pipeline_parallel_size > 1:

@@ -227,7 +227,7 @@ class Engine:
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            block_states=scheduler.pool.states(),
+            block_states=b"".join(pool.states() for pool, _ in pools),
             kv_bytes=sum(pool.num_blocks * size for pool, size in pools),
             kv_bytes_used=sum(pool.num_used * size for pool, size in pools),
             num_prefix_queries=scheduler.num_prefix_queries,

@@ -10,6 +10,7 @@ from tests.parity.oracle import (
     random_prompt,
     run_all,
 )
+from tests.parity.test_families import MODELS
 
 # Two KV heads: with four and eight devices each is kept several times.
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 144}
@@ -42,3 +43,18 @@ def test_greedy_tokens(family, tensor, data):
     expected = saved.logprobs(prompts[2] + tokens[("2", 0)])[len(prompts[2]) - 1 : -1]
     for entry, row in zip(entries[("2", 0)], expected, strict=True):
         check_entry(entry, row, count=5)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_greedy_tokens_beyond_a_window(name):
+    """Each device has its share of the pools of both cache groups."""
+    saved = checkpoint(**MODELS[name])
+    engine = engine_for(saved.folder, tensor_parallel_size=2)
+    prompts = [random_prompt(length, seed=length) for length in (5, 45)]
+    greedy = {"temperature": 0, "ignore_eos": True, "max_tokens": 64}
+    requests = [request(i, prompt, **greedy) for i, prompt in enumerate(prompts)]
+    tokens, _, _ = run_all(engine, requests)
+    assert len(engine.state.window_tables) == 1
+    engine.close()
+    for i, prompt in enumerate(prompts):
+        assert tokens[(str(i), 0)] == saved.greedy(prompt, 64)
