@@ -188,9 +188,10 @@ class ProgramBuilder:
 
     @property
     def _compiler_options(self) -> dict[str, Any] | None:
-        if self._model.options.row_tiles is None:
+        of_model = self._model.options
+        if of_model.row_tiles is None:
             return None
-        target = Target.of(self._place.mesh.devices.flat[0])
+        target = of_model.target or Target.default()
         return dict(DETERMINISTIC.get(target.platform, {}))
 
     @property
