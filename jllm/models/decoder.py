@@ -357,9 +357,7 @@ class Decoder:
         norms = config.attention.head_norms
         if norms is None or norms.over == "head":
             return heads
-        apply = partial(
-            normalise_heads, kind=norms.kind, together=norms.over == "all"
-        )
+        apply = partial(normalise_heads, kind=norms.kind, together=norms.over == "all")
         q, keys = (
             in_row_tiles(partial(apply, weight=own[name]), x, self.options.row_tiles)
             for x, name in ((heads.q, "q_norm"), (heads.keys, "k_norm"))
