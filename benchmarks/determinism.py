@@ -137,10 +137,10 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
+        if not options.dry_run:
+            record.append("determinism", rows[-1:])
     for engine in engines:
         engine.close()
-    if not options.dry_run:
-        record.append("determinism", rows)
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ class ProgramBuilder:
         but they compile in threads, in no common order.
         """
         of_model = self._model.options
-        platform = of_model.target.platform
+        platform = (of_model.target or Target.default()).platform
         options: dict[str, Any] = {}
         if of_model.row_tiles is not None:
             options |= DETERMINISTIC.get(platform, {})

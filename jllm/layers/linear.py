@@ -49,11 +49,12 @@ def linear_float32(
     # A weight of two dimensions is used as it lies; of more, XLA would transpose it.
     flat = weight.reshape(-1, weight.shape[-1])
     rows = x.reshape(-1, x.shape[-1])
-    num_outputs = flat.shape[0]
-    if row_tiles is not None and row_tiles.output_multiple > 1:
-        flat = jnp.pad(flat, ((0, -num_outputs % row_tiles.output_multiple), (0, 0)))
+    missing = 0 if row_tiles is None else -flat.shape[0] % row_tiles.output_multiple
+    if missing:
+        flat = jnp.pad(flat, ((0, missing), (0, 0)))
     out = in_row_tiles(partial(_rows_product, weight=flat), rows, row_tiles)
-    out = out[:, :num_outputs]
+    if missing:
+        out = out[:, :-missing]
     return out.reshape(*x.shape[:-1], *weight.shape[:-1])
 
 
