@@ -2,10 +2,12 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 
 from jllm.errors import ConfigError
+from jllm.layers.batch import Batch
 from tests.engines import (
     LLAMA,
     drain,
@@ -137,6 +139,23 @@ def test_hidden_states_go_to_the_next_stage_and_nothing_large_besides(engine):
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
     for dims in gathered:
         assert np.prod([int(d) for d in dims.split(",") if d]) <= hidden
+
+
+def test_forward_is_that_of_the_whole_model(engine):
+    prompts = [[5, 9, 200, 7, 31], [4, 4]]
+    hidden = []
+    for one in (engine, shared_engine(UNEVEN, **OPTIONS)):
+        model, batch = one._parts.model, Batch.from_prompts(prompts, block_size=4)
+        kv = model.init_kv(4, 4)
+        first, kv = jax.jit(model.forward)(one.weights, kv, batch)
+        # The next token reads what the prompt has left in the pools of all stages.
+        later = Batch.from_prompts([[8], [9]], num_cached=[5, 2], block_size=4)
+        second, _ = jax.jit(model.forward)(one.weights, kv, later)
+        hidden.append((first, second))
+    for ours, theirs in zip(*hidden, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="embed"):
+        engine._parts.model.forward(engine.weights, kv, batch, capture=["embed"])
 
 
 def test_sizes_that_do_not_fit_are_refused():
