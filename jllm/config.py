@@ -146,7 +146,8 @@ class EngineConfig:
         "next ones, which then trace and compile nothing; its files are run, so that "
         "it must be the user's own; none exports nothing",
     )
-    hosts: HostConfig | None = _option(None, "how several hosts share the engine")
+    # Its own fields are flags.
+    hosts: HostConfig | None = dataclasses.field(default=None, metadata={"flag": False})
 
     def __post_init__(self) -> None:
         """Checks types and ranges; raises `ConfigError` naming field and bound."""

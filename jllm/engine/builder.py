@@ -194,7 +194,8 @@ class ProgramBuilder:
         but they compile in threads, in no common order.
         """
         mesh = self._place.mesh
-        if not mesh.is_multi_process or mesh.local_devices[0].platform != "gpu":
+        (device, *_) = self._place.device_set
+        if not mesh.is_multi_process or device.platform != "gpu":
             return None
         return {"xla_gpu_shard_autotuning": False}
 
