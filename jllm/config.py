@@ -156,7 +156,8 @@ class EngineConfig:
         "it must be the user's own; auto loads what `jllm compile` left beside the "
         "model and exports nothing; none does neither",
     )
-    hosts: HostConfig | None = _option(None, "how several hosts share the engine")
+    # Its own fields are flags.
+    hosts: HostConfig | None = dataclasses.field(default=None, metadata={"flag": False})
     logits_processors: Sequence[Any] = _option(
         (), "functions over the scores of every token; in Python only"
     )

@@ -20,7 +20,7 @@ def add_flags(
 ) -> None:
     """Adds a flag per field; a flag that is not given leaves no trace.
 
-    Fields that are dataclasses themselves have flags of their own.
+    A field with `flag` false in its metadata has none.
 
     Strings of a list come by repeating the flag, numbers with commas, a mapping as
     JSON, a boolean as `--flag` or `--no-flag`. `None` is written "none". A field's
@@ -35,9 +35,7 @@ def add_flags(
     """
     docs = _attribute_docs(owner)
     for field in dataclasses.fields(owner):
-        if field.name in leave_out or any(
-            map(dataclasses.is_dataclass, _kinds(field.type))
-        ):
+        if field.name in leave_out or not field.metadata.get("flag", True):
             continue
         name = (renamed or {}).get(field.name, field.name).replace("_", "-")
         text = field.metadata.get("help") or docs.get(field.name, "")

@@ -250,7 +250,7 @@ def make_weights(
     config: EngineConfig,
     files: CheckpointFiles,
     model: Model,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     dtype: str,
 ) -> Weights:
     """Loads the weights onto their devices, or draws them."""
