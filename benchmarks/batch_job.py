@@ -119,6 +119,7 @@ def measure(shape: str, num_lines: int, num_tokens: int, turns: int) -> dict[str
                 llm.generate(prompts, params, use_tqdm=False)
                 generated = time.perf_counter() - began
                 seconds = run_job(config, Kept(asynchronous), prompts, body)
+                print(f"{shape}: {generated:.2f} s, batch {seconds:.2f} s", flush=True)
                 if turn:
                     times["generate"].append(generated)
                     times["batch"].append(seconds)
