@@ -29,6 +29,7 @@ from server.batch.options import BatchOptions
 from server.batch.process import run_batch
 
 ROWS = 32
+NUM_BLOCKS = 2048
 WIDE = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -63,7 +64,13 @@ class Kept:
 @contextlib.contextmanager
 def engine_config(shape: str) -> Iterator[EngineConfig]:
     """The engine's options for a shape."""
-    common: dict[str, Any] = {"max_num_seqs": ROWS, "dtype": "float32"}
+    # Rows are full all the time: two programs do, and blocks for what can run.
+    common: dict[str, Any] = {
+        "max_num_seqs": ROWS,
+        "dtype": "float32",
+        "compile_ahead": False,
+        "num_blocks": NUM_BLOCKS,
+    }
     if shape == "embedded":
         yield EngineConfig(**common)
         return
