@@ -29,6 +29,7 @@ from server.batch.options import BatchOptions
 from server.batch.process import run_batch
 
 ROWS = 32
+NUM_BLOCKS = 2048
 WIDE = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -63,7 +64,13 @@ class Kept:
 @contextlib.contextmanager
 def engine_config(shape: str) -> Iterator[EngineConfig]:
     """The engine's options for a shape."""
-    common: dict[str, Any] = {"max_num_seqs": ROWS, "dtype": "float32"}
+    # Rows are full all the time: two programs do, and blocks for what can run.
+    common: dict[str, Any] = {
+        "max_num_seqs": ROWS,
+        "dtype": "float32",
+        "compile_ahead": False,
+        "num_blocks": NUM_BLOCKS,
+    }
     if shape == "embedded":
         yield EngineConfig(**common)
         return
@@ -119,6 +126,7 @@ def measure(shape: str, num_lines: int, num_tokens: int, turns: int) -> dict[str
                 llm.generate(prompts, params, use_tqdm=False)
                 generated = time.perf_counter() - began
                 seconds = run_job(config, Kept(asynchronous), prompts, body)
+                print(f"{shape}: {generated:.2f} s, batch {seconds:.2f} s", flush=True)
                 if turn:
                     times["generate"].append(generated)
                     times["batch"].append(seconds)
