@@ -48,8 +48,10 @@ def described_devices(topology: Topology) -> tuple[Any, ...]:
         os.environ[name] = f"{given} {value}" if name == "XLA_FLAGS" else value  # noqa: TID251
     jax.config.update("jax_platforms", "cpu")
     if platform == "tpu":
-        slice_ = topologies.get_topology_desc(topology.name, platform="tpu")
-        return tuple(slice_.devices)
+        # The compiler knows whole hosts only, and of one chip all that it is alone.
+        name = topology.name.replace(":1x1", ":2x2")
+        slice_ = topologies.get_topology_desc(name, platform="tpu")
+        return tuple(slice_.devices[: topology.num_devices])
     name = topology.device.name
     target = Path(__file__).parent / f"nvidia_{name}.txtpb"
     return tuple(

@@ -9,6 +9,8 @@ from jllm import LLM
 from jllm.cli import main
 from tests.engines import LLAMA, SMALL, counted_work, model_folder
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {**SMALL, "skip_tokenizer_init": True}
 FLAGS = (
     "--max-num-seqs=8",
@@ -80,12 +82,14 @@ def test_files_that_others_can_write_are_compiled_instead(compiled, caplog):
     assert "writable by nobody else" in caplog.text
 
 
-def test_another_folder(tmp_path, capsys):
+def test_another_folder(compiled, tmp_path, capsys):
+    """What a folder holds is of the settings, wherever the model lies."""
     model, out = copy_of_model(tmp_path), tmp_path / "out"
+    shutil.copytree(compiled[0] / "executables", out)
     flags = (*FLAGS, "--output", str(out), "--quiet")
     assert main(["compile", str(model), *flags]) == 0
     (folder,) = out.iterdir()
-    assert capsys.readouterr().out.startswith(f"{folder}: ")
+    assert capsys.readouterr().out.startswith(f"{folder}: 0 programs compiled")
     assert not (model / "executables").exists()
     with LLM(model, executables=out, **OPTIONS) as llm:
         assert llm.engine.programs.num_compiled == 0
