@@ -25,7 +25,7 @@ from jllm.engine.steps import (
     prompt_logprobs_step,
     sampler_step,
 )
-from jllm.layers.kernels import collect_fallbacks
+from jllm.layers.kernels import Target, collect_fallbacks
 from jllm.models.base import Model, Weights
 from jllm.models.pipeline import PipelinedDecoder
 from jllm.processors import argument_defaults

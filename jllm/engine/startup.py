@@ -94,7 +94,11 @@ class StartPlan:
         a step must hold all that is on its way.
         """
         sizes, is_one = self.resolved.sizes, self.config.pipeline_parallel_size == 1
-        if self.resolved.platform != "cpu" or not self.config.compile_ahead or not is_one:
+        if (
+            self.resolved.platform != "cpu"
+            or not self.config.compile_ahead
+            or not is_one
+        ):
             return sizes.tokens[-1]
         return next(size for size in sizes.tokens if size >= sizes.rows[-1])
 
