@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.core import Tracer
 
 from jllm.models.base import Weights
 
@@ -40,7 +41,7 @@ class AlikeLayers:
         """Runs a layer; those of one kind differ in their arrays only."""
         # Activations that are looked at have a name in each layer; without tracing,
         # nothing is kept that could be used again.
-        if layer.of_model.is_active or not isinstance(hidden, jax.core.Tracer):
+        if layer.of_model.is_active or not isinstance(hidden, Tracer):
             return self._run(layer, hidden, pool)
         if kind not in self._traced:
             self._traced[kind] = self._function(layer)
