@@ -240,6 +240,7 @@ def _start(task: Task, layout: Layout, mesh: Any) -> StartPlan:
     config = dataclasses.replace(
         task.config,
         tensor_parallel_size=layout.tensor,
+        pipeline_parallel_size=layout.pipeline,
         data_parallel_size=layout.data,
     )
     device = task.topology.device

@@ -21,6 +21,7 @@ HEAD = (
 )
 SEARCH_HEAD = (
     "tensor",
+    "stages",
     "data",
     "rows",
     "GiB weights",
@@ -242,6 +243,7 @@ def _found(task: Task, plan: Plan) -> tuple[str, ...]:
     is_compiled = any(step.compiled for step in plan.steps)
     return (
         str(plan.layout.tensor),
+        str(plan.layout.pipeline),
         str(plan.layout.data),
         rows,
         f"{plan.memory.weights / GIB:.2f}",

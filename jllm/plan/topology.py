@@ -110,11 +110,6 @@ def make_layout(
     for name, size in (("tensor", tensor), ("data", data), ("pipeline", pipeline)):
         if size is not None and size < 1:
             raise ConfigError(f"{name}={size} must be at least 1")
-    if pipeline > 1:
-        raise ConfigError(
-            f"pipeline={pipeline} cannot be planned for: the engine has no pipeline "
-            "stages yet"
-        )
     here = topology.num_devices
     layout = Layout(tensor, data or max(1, here // (tensor * pipeline)), pipeline)
     if layout.num_devices != here:
@@ -126,7 +121,14 @@ def make_layout(
 
 
 def all_layouts(topology: Topology) -> tuple[Layout, ...]:
-    """Every layout that takes all devices, fewest per layer first."""
+    """Every layout that takes all devices, fewest stages and per layer first."""
     here = topology.num_devices
-    sizes = (size for size in range(1, here + 1) if here % size == 0)
-    return tuple(Layout(size, here // size) for size in sizes)
+    return tuple(
+        Layout(tensor, here // (tensor * stages), stages)
+        for stages in _divisors(here)
+        for tensor in _divisors(here // stages)
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -26,7 +26,12 @@ class Replicas:
         self.known = {}
 
     def __call__(self, task, layout):
-        key = (task.files.path, task.topology.device.name, layout.tensor)
+        key = (
+            task.files.path,
+            task.topology.device.name,
+            layout.tensor,
+            layout.pipeline,
+        )
         if key not in self.known:
             try:
                 self.known[key] = describe(task, layout)

@@ -46,8 +46,8 @@ def test_an_unknown_gpu_and_too_many_are_refused():
 
 
 def test_replicas_take_what_is_left():
-    layout = make_layout(tpu_topology("v6e:4x4"), tensor=4)
-    assert (layout.tensor, layout.data) == (4, 4)
+    layout = make_layout(tpu_topology("v6e:4x4"), tensor=4, pipeline=2)
+    assert (layout.tensor, layout.data, layout.pipeline) == (4, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_replicas_take_what_is_left():
         ({"tensor": 3}, "takes 15 devices, but v6e:4x4 has 16"),
         ({"tensor": 32}, "takes 32 devices, but v6e:4x4 has 16"),
         ({"tensor": 0}, "tensor=0 must be at least 1"),
-        ({"tensor": 8, "pipeline": 2}, "pipeline=2 cannot be planned for"),
+        ({"tensor": 8, "pipeline": 4}, "takes 32 devices, but v6e:4x4 has 16"),
     ],
 )
 def test_a_layout_that_is_not_the_topology_is_refused(sizes, message):
