@@ -23,7 +23,7 @@ STREAMS, STREAM_TOKENS = 256, 64
 REQUESTS, CAP, ACCEPTED_TOKENS = 10_000, 512, 256
 SPREAD = 20.0
 """Seconds over which the requests come that do not come at once."""
-OFFLINE_PROMPTS, OFFLINE_TOKENS, ROUNDS = 256, 128, 2
+OFFLINE_PROMPTS, OFFLINE_TOKENS, ROUNDS = 256, 128, 3
 INTERVAL = 8
 """Tokens of a chunk where streams are to cost little."""
 PERIOD = 0.01

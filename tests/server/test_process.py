@@ -111,9 +111,12 @@ def test_a_port_is_handed_over():
             options = {"port": probe.getsockname()[1], "reuse_port": True}
         counts, over = [], asyncio.Event()
         async with process(**options) as (old, url):
+            # A log that nobody reads would stop the server in the end.
+            log = asyncio.create_task(old.stdout.read())
             client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
             asking = [asyncio.create_task(ask(client, counts, over)) for _ in range(4)]
             async with process(**options) as (new, _):
+                more = asyncio.create_task(new.stdout.read())
                 served = len(counts)
                 assert served > 0
                 old.send_signal(signal.SIGTERM)
@@ -124,6 +127,8 @@ def test_a_port_is_handed_over():
                 await asyncio.gather(*asking)
                 assert set(counts) == {5}
                 assert new.returncode is None
+                await log
+                more.cancel()
             await client.close()
 
     run(body)
