@@ -11,17 +11,11 @@ ALTERNATING = {**LAYERS, "layer_types": ALTERNATE * 2}
 FAMILIES = {
     "mistral": (2, LAYERS),
     "gemma2": (2, LAYERS),
-    "gemma3": (2, ALTERNATING),
     "gemma3-tied": (2, {**ALTERNATING, "tie_word_embeddings": True}),
-    "cohere2": (2, ALTERNATING),
-    "olmo3": (4, ALTERNATING),  # two kinds over four stages: half of the places idle
     "smollm3": (2, {**LAYERS, "no_rope_layers": [1, 0, 1, 0]}),
     "qwen2-sliding": (2, {**LAYERS, "num_hidden_layers": 3}),
     "gpt2": (2, {"tie_word_embeddings": False}),
-    "falcon": (2, {**LAYERS, "num_hidden_layers": 3}),
-    "stablelm-parallel": (2, LAYERS),
     "granite": (4, LAYERS),
-    "phi": (4, LAYERS),
 }
 
 
