@@ -146,3 +146,16 @@ def device_capacity(mesh: Mesh) -> int:
 def default_utilization(platform: str) -> float:
     """Nearly all of an accelerator, but not of a computer that others use too."""
     return 0.3 if platform == "cpu" else 0.9
+
+
+def sampler_bytes(logits: Any) -> int:
+    """Most scratch memory of the programs that look at whole rows of logits."""
+    num_rows, width = logits.sharding.shard_shape(logits.shape)
+    return LOGITS_COPIES * 4 * (num_rows + PROMPT_CHUNK) * width
+
+
+def fresh_bytes(program: Compiled) -> int:
+    """Scratch memory of a program and its results that replace no argument."""
+    analysis = program.memory_analysis()
+    fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.temp_size_in_bytes + max(0, fresh)

@@ -208,19 +208,6 @@ def num_compile_threads() -> int:
     return max(1, min(6, (os.cpu_count() or 2) // 2))
 
 
-def sampler_bytes(logits: Any) -> int:
-    """Most scratch memory of the programs that look at whole rows of logits."""
-    num_rows, width = logits.sharding.shard_shape(logits.shape)
-    return LOGITS_COPIES * 4 * (num_rows + PROMPT_CHUNK) * width
-
-
-def fresh_bytes(program: Compiled) -> int:
-    """Scratch memory of a program and its results that replace no argument."""
-    analysis = program.memory_analysis()
-    fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return analysis.temp_size_in_bytes + max(0, fresh)
-
-
 class Programs:
     """The programs of one engine, compiled in the background.
 

@@ -50,7 +50,7 @@ from jllm.models.base import (
 from jllm.models.decoder_config import DecoderConfig
 from jllm.models.decoder_specs import decoder_specs
 from jllm.models.layer import Layer
-from jllm.models.probe import Edits, Probe
+from jllm.models.probe import Edits, Probe, activation_names
 
 VOCAB_MULTIPLE = 512
 """The vocabulary is padded to a multiple of this, whatever the number of devices, since
@@ -171,17 +171,10 @@ class Decoder:
     @property
     def activations(self) -> tuple[str, ...]:
         """Names that `capture` and `edit` of `forward` can mean, in order."""
-        block = self.config.block
-        own = ["resid_in", "attn.norm", "attn.q", "attn.k", "attn.v", "attn.probs"]
-        own += ["attn.out"] if block.parallel else ["attn.out", "resid_mid"]
-        if self._has_mlp_input:
-            own.append("mlp.norm")
-        own += ["mlp.out", "resid"]
-        layers = range(self.config.num_layers)
-        return (
-            "embed",
-            *(f"layers.{i}.{name}" for i in layers for name in own),
-            "final",
+        return activation_names(
+            self.config.num_layers,
+            has_middle=not self.config.block.parallel,
+            has_mlp_norm=self._has_mlp_input,
         )
 
     @overload
@@ -231,15 +224,10 @@ class Decoder:
             ValueError: A pattern matches no activation, or an edit changes a shape.
         """
         probe = Probe(self.activations, capture or (), edit)
-        hidden, kv = self._forward(weights, kv, batch, probe)
-        return (hidden, kv) if capture is None else (hidden, kv, probe.captured)
-
-    def _forward(
-        self, weights: Weights, kv: KVCache, batch: Batch, probe: Probe
-    ) -> tuple[Array, KVCache]:
         hidden = probe("embed", self.embedded(weights, batch))
         hidden, kv = self.run_layers(weights, hidden, kv, batch, probe)
-        return probe("final", self.final_norm(weights, hidden)), kv
+        hidden = probe("final", self.final_norm(weights, hidden))
+        return (hidden, kv) if capture is None else (hidden, kv, probe.captured)
 
     def embedded(self, weights: Weights, batch: Batch) -> Float[Array, "T E"]:
         """What the first layer reads."""

@@ -13,6 +13,24 @@ Edits = Mapping[str, EditFunction]
 """Edits by the names, or patterns of names, of the activations that they change."""
 
 
+def activation_names(
+    num_layers: int, *, has_middle: bool, has_mlp_norm: bool
+) -> tuple[str, ...]:
+    """Names that `capture` and `edit` of a decoder can mean, in order.
+
+    Args:
+        num_layers: Layers of the decoder.
+        has_middle: Whether the MLP follows the attention, rather than stands beside it.
+        has_mlp_norm: Whether the MLP reads something else than the attention.
+    """
+    own = ["resid_in", "attn.norm", "attn.q", "attn.k", "attn.v", "attn.probs"]
+    own += ["attn.out", "resid_mid"] if has_middle else ["attn.out"]
+    own += ["mlp.norm", "mlp.out"] if has_mlp_norm else ["mlp.out"]
+    own.append("resid")
+    layers = (f"layers.{i}.{name}" for i in range(num_layers) for name in own)
+    return "embed", *layers, "final"
+
+
 class Probe:
     """Collects and changes activations while one forward pass is traced.
 
