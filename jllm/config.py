@@ -134,10 +134,6 @@ class EngineConfig:
     attention: AttentionImplementation = _option(
         "auto", "attention implementation; a forced one never falls back"
     )
-    deterministic: bool = _option(
-        False,
-        "bitwise the same logits for a request in any batch, chunking and prefix hit",
-    )
     tensor_parallel_size: int = _option(1, "devices that share each layer", "-tp")
     pipeline_parallel_size: int = _option(
         1, "stages that share the stack of layers, each on devices of its own", "-pp"
@@ -185,7 +181,6 @@ class EngineConfig:
             "skip_tokenizer_init",
             "enable_prefix_caching",
             "overlap",
-            "deterministic",
             "compile_ahead",
         ):
             if not isinstance(getattr(self, field), bool):

@@ -2,9 +2,8 @@
 
 import dataclasses
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from jllm.engine.steps import (
     prompt_logprobs_step,
     sampler_step,
 )
-from jllm.layers.kernels import Target, collect_fallbacks
+from jllm.layers.kernels import collect_fallbacks
 from jllm.models.base import Model, Weights
 from jllm.models.pipeline import PipelinedDecoder
 from jllm.processors import argument_defaults
@@ -47,24 +46,6 @@ def local_zeros(description: jax.ShapeDtypeStruct) -> jax.Array:
         for device in place.addressable_devices
     ]
     return jax.make_array_from_single_device_arrays(shape, place, shards)
-
-
-DETERMINISTIC: Mapping[str, Mapping[str, bool | int | str]] = MappingProxyType(
-    {
-        # What was measured or raced must not choose.
-        "gpu": {
-            "xla_gpu_autotune_level": 0,
-            "xla_gpu_deterministic_ops": True,
-            "xla_gpu_exclude_nondeterministic_ops": True,
-        },
-        # XLA adds up a row in one order; YNNPACK, which it leaves larger sums to, in
-        # another. Products alone are in one order there.
-        "cpu": {
-            "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
-        },
-    }
-)
-"""Options of XLA for deterministic programs, by platform."""
 
 
 def empty_state(description: EngineState) -> EngineState:
@@ -251,19 +232,15 @@ class ProgramBuilder:
 
     @property
     def _compiler_options(self) -> dict[str, Any] | None:
-        """What XLA is told; GPUs of several hosts tune each for itself.
+        """GPUs of several hosts tune each for itself.
 
         They would share that work by waiting for each other's part of every program,
         but they compile in threads, in no common order.
         """
-        of_model = self._model.options
-        platform = (of_model.target or Target.default()).platform
-        options: dict[str, Any] = {}
-        if of_model.row_tiles is not None:
-            options |= DETERMINISTIC.get(platform, {})
-        if platform == "gpu" and self._place.mesh.is_multi_process:
-            options["xla_gpu_shard_autotuning"] = False
-        return options or None
+        (device, *_) = self._place.device_set
+        if not self._place.mesh.is_multi_process or device.platform != "gpu":
+            return None
+        return {"xla_gpu_shard_autotuning": False}
 
     @property
     def _logits_place(self) -> Sharding:
@@ -302,5 +279,4 @@ class ProgramBuilder:
             out_shardings=(state, rest),
             keep_unused=True,
         )
-        compiled = jitted.lower(*arguments).compile(self._compiler_options)
-        return Executable(compiled, frozenset(found))
+        return Executable(jitted.lower(*arguments).compile(), frozenset(found))

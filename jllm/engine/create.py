@@ -203,7 +203,6 @@ def plan_start(
             attention=config.attention,
             target=target,
             mesh=mesh if mesh.size > 1 else None,
-            row_tiles=resolved.row_tiles,
         ),
     )
     if config.pipeline_parallel_size > 1:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import psutil
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from jllm.errors import ConfigError
 from jllm.models.base import Model
+from jllm.sampling.logprobs import PROMPT_CHUNK
 
 CACHED_SHARE = 8
 """Of so many blocks of the whole context, one block of each window is for prefixes."""
@@ -148,13 +150,17 @@ def default_utilization(platform: str) -> float:
     return 0.3 if platform == "cpu" else 0.9
 
 
+LOGITS_COPIES = 6
+"""Arrays of the size of the logits that the sampler programs hold at once, at most."""
+
+
 def sampler_bytes(logits: Any) -> int:
     """Most scratch memory of the programs that look at whole rows of logits."""
     num_rows, width = logits.sharding.shard_shape(logits.shape)
     return LOGITS_COPIES * 4 * (num_rows + PROMPT_CHUNK) * width
 
 
-def fresh_bytes(program: Compiled) -> int:
+def fresh_bytes(program: Any) -> int:
     """Scratch memory of a program and its results that replace no argument."""
     analysis = program.memory_analysis()
     fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes

@@ -10,18 +10,8 @@ from jllm.config import EngineConfig
 from jllm.engine.memory import default_utilization
 from jllm.engine.programs import ProgramSizes, choose_sizes
 from jllm.errors import ConfigError
-from jllm.layers.row_tiles import RowTiles
 from jllm.models.hf_config import longest_context
 from jllm.processors import LogitsProcessor
-
-ROW_TILES = RowTiles(256)
-"""How a deterministic model is cut on an accelerator: about as many rows as the
-arithmetic of an H200 needs to keep up with its memory, so that a step of few rows costs
-little more, and one of many reads the weights not much too often."""
-
-CPU_ROW_TILES = RowTiles(2, is_least=True, output_multiple=64)
-"""XLA's products on a CPU add up a row in one order from two rows on, as was measured
-and is tested: one row is computed as two."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,7 +30,6 @@ class Resolved:
         max_logprobs: Most log-probabilities per token.
         sizes: The buckets.
         processors: Functions of the user over the scores.
-        row_tiles: How many rows the model computes at a time; None for all of a step.
     """
 
     platform: str
@@ -53,7 +42,6 @@ class Resolved:
     utilization: float
     max_logprobs: int
     sizes: ProgramSizes
-    row_tiles: RowTiles | None
     processors: tuple[LogitsProcessor, ...] = ()
 
 
@@ -109,13 +97,7 @@ def resolve_options(
         max_logprobs=min(max_logprobs, vocab_size),
         sizes=choose_sizes(platform, max_num_seqs, token_budget),
         processors=tuple(config.logits_processors),
-        row_tiles=row_tiles(platform) if config.deterministic else None,
     )
-
-
-def row_tiles(platform: str) -> RowTiles:
-    """How a deterministic model is cut."""
-    return CPU_ROW_TILES if platform == "cpu" else ROW_TILES
 
 
 def saved_dtype(model_config: Mapping[str, Any]) -> str:

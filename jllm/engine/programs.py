@@ -19,6 +19,7 @@ from jllm.config import WindowPool
 from jllm.engine.background import BackgroundWork
 from jllm.engine.executables import Executable, ExecutableStore
 from jllm.engine.inputs import InputLayout
+from jllm.engine.memory import fresh_bytes, sampler_bytes
 from jllm.engine.pipeline import describe_flights
 from jllm.engine.state import NUM_FIELDS, EngineState, RowTable
 from jllm.layers.attention import KV_HEADS
@@ -27,10 +28,6 @@ from jllm.models.base import Model
 from jllm.models.pipeline import STAGED_KV, PipelinedDecoder
 from jllm.processors import LogitsProcessor
 from jllm.sampling.draws import DrawMethod
-from jllm.sampling.logprobs import PROMPT_CHUNK
-
-LOGITS_COPIES = 6
-"""Arrays of the size of the logits that the sampler programs hold at once, at most."""
 
 Compiled = Any
 """A compiled program, called with the arrays it was compiled for."""

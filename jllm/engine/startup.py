@@ -24,6 +24,7 @@ from jllm.engine.memory import (
     PoolSizes,
     WindowShare,
     group_block_bytes,
+    sampler_bytes,
 )
 from jllm.engine.options import Resolved
 from jllm.engine.programs import (
@@ -31,7 +32,6 @@ from jllm.engine.programs import (
     Programs,
     Readiness,
     describe_state,
-    sampler_bytes,
 )
 from jllm.models.base import Model, ParamSpec, Weights
 from jllm.models.stages import StackedSpec

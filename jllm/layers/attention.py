@@ -50,7 +50,6 @@ class AttentionOptions:
         mesh: Devices that share the heads, None for a single one.
         window: Newest positions that a query sees, itself included; None for all.
         soft_cap: Bound of the scores; None for none.
-        fixed_order: Whether a token's sums do not depend on the others in its step.
     """
 
     scale: float
@@ -59,14 +58,6 @@ class AttentionOptions:
     mesh: Mesh | AbstractMesh | None
     window: int | None = None
     soft_cap: float | None = None
-    fixed_order: bool = False
-
-    @property
-    def scores(self) -> ScoreOptions:
-        """How products become weights."""
-        return ScoreOptions(
-            self.scale, self.window, self.soft_cap, fixed_order=self.fixed_order
-        )
 
     @property
     def write_implementation(self) -> Implementation:
@@ -81,17 +72,7 @@ class AttentionOptions:
         A TPU's kernel has their blocks in its vector memory anyway.
         """
         is_tpu = self.target is not None and self.target.platform == "tpu"
-        is_tpu &= not self.fixed_order
         return is_tpu and self.implementation in ("auto", "tpu")
-
-    @property
-    def has_decode_kernel(self) -> bool:
-        """Whether steps of single tokens have a kernel of their own.
-
-        In a fixed order only the CPU's has the same order as that of prompts.
-        """
-        is_cpu = self.target is None or self.target.platform == "cpu"
-        return is_cpu or not self.fixed_order
 
 
 def cached_attention(
@@ -148,7 +129,7 @@ def explicit_attention(
         change: From the weights f32[T, H, C] to those that are used; `C` counts the
             positions that a block table holds.
     """
-    scores = options.scores
+    scores = ScoreOptions(options.scale, options.window, options.soft_cap)
     q, _, _ = _prepared(heads, rotation, norms, kv.shape[-1])
     runs = (batch.block_tables, batch.row_starts, batch.lengths)
     weights = change(ragged_attention_weights(q, kv, *runs, scores))
@@ -190,7 +171,7 @@ def _write_and_attend(
     *,
     options: AttentionOptions,
 ) -> tuple[Array, Array]:
-    scores = options.scores
+    scores = ScoreOptions(options.scale, options.window, options.soft_cap)
     head_dim = heads.q.shape[-1]
     tables, lengths = batch.block_tables, batch.lengths
     if batch.is_decode and options.stores_while_attending:
@@ -208,7 +189,7 @@ def _write_and_attend(
     # Write first: from here on only the new pool is used, so that it is updated in
     # place, and the kernels find cached and new tokens in one place.
     q, kv = _write(heads, rotation, norms, kv, batch, options)
-    if batch.is_decode and options.has_decode_kernel:
+    if batch.is_decode:
         out = paged_attention(
             q,
             kv,

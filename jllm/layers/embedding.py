@@ -5,7 +5,6 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jllm.layers.linear import linear_float32
-from jllm.layers.row_tiles import RowTiles
 
 
 def embed(
@@ -30,7 +29,6 @@ def output_logits(
     bias: Float[Array, " V"] | None = None,
     scale: float = 1.0,
     soft_cap: float | None = None,
-    row_tiles: RowTiles | None = None,
 ) -> Float[Array, "N V"]:
     """Scores every token in float32; ids from `vocab_size` on are minus infinity.
 
@@ -41,9 +39,8 @@ def output_logits(
         bias: Added to the products.
         scale: Factor on that.
         soft_cap: Bound `c` of the scores, c * tanh(s / c); None for none.
-        row_tiles: How many rows the product takes at a time; None for all.
     """
-    logits = linear_float32(hidden, head, row_tiles=row_tiles)
+    logits = linear_float32(hidden, head)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None, :]
     if scale != 1:

@@ -1,13 +1,9 @@
 """Products with weights stored as the checkpoint has them, outputs first."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
-
-from jllm.layers.row_tiles import RowTiles, in_row_tiles
 
 TILE_ELEMENTS = 1 << 20
 """Weights that the CPU widens at once for a single row: 4 MB of float32 stay in its
@@ -18,52 +14,33 @@ def linear(
     x: Float[Array, "*batch K"],
     weight: Float[Array, "*out K"],
     bias: Float[Array, "*out"] | None = None,
-    *,
-    row_tiles: RowTiles | None = None,
 ) -> Float[Array, "..."]:
     """Contracts the last axis of both; float32 sums, result in the type of `x`.
 
     The weight keeps its checkpoint orientation, so that nothing is transposed at load,
     and the product asks for float32 output, without which XLA's CPU backend is many
     times slower for bfloat16.
-
-    Args:
-        x: Rows.
-        weight: Outputs first.
-        bias: What is added.
-        row_tiles: How many rows at a time; None for all.
     """
-    out = linear_float32(x, weight, row_tiles=row_tiles)
+    out = linear_float32(x, weight)
     if bias is not None:
         out = out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
     return out.astype(x.dtype)
 
 
 def linear_float32(
-    x: Float[Array, "*batch K"],
-    weight: Float[Array, "*out K"],
-    *,
-    row_tiles: RowTiles | None = None,
+    x: Float[Array, "*batch K"], weight: Float[Array, "*out K"]
 ) -> Float[Array, "..."]:
     """The same product, left in float32; for logits."""
     # A weight of two dimensions is used as it lies; of more, XLA would transpose it.
     flat = weight.reshape(-1, weight.shape[-1])
     rows = x.reshape(-1, x.shape[-1])
-    missing = 0 if row_tiles is None else -flat.shape[0] % row_tiles.output_multiple
-    if missing:
-        flat = jnp.pad(flat, ((0, missing), (0, 0)))
-    out = in_row_tiles(partial(_rows_product, weight=flat), rows, row_tiles)
-    if missing:
-        out = out[:, :-missing]
-    return out.reshape(*x.shape[:-1], *weight.shape[:-1])
-
-
-def _rows_product(rows: Float[Array, "N K"], weight: Float[Array, "M K"]) -> Array:
     if rows.shape[0] == 1 and rows.dtype.itemsize == 2:
-        return jax.lax.platform_dependent(
-            rows, weight, cpu=_product_of_one_row, default=_product
+        out = jax.lax.platform_dependent(
+            rows, flat, cpu=_product_of_one_row, default=_product
         )
-    return _product(rows, weight)
+    else:
+        out = _product(rows, flat)
+    return out.reshape(*x.shape[:-1], *weight.shape[:-1])
 
 
 def _product(x: Float[Array, "N K"], weight: Float[Array, "M K"]) -> Array:

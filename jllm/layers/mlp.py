@@ -1,22 +1,18 @@
 """Feed-forward layers."""
 
 from collections.abc import Mapping
-from functools import partial
 
 from jax import Array
 from jaxtyping import Float
 
 from jllm.layers.activation import Activation, activate
 from jllm.layers.linear import linear
-from jllm.layers.row_tiles import RowTiles
 
 
 def gated_mlp(
     x: Float[Array, "T E"],
     weights: Mapping[str, Array],
     activation: Activation = "silu",
-    *,
-    row_tiles: RowTiles | None = None,
 ) -> Float[Array, "T E"]:
     """Computes down(f(gate(x)) * up(x)); arXiv:2002.05202.
 
@@ -25,21 +21,17 @@ def gated_mlp(
         weights: `gate_up` [N, 2, F / N, E] for N devices, `down` [E, F], and biases
             where the model has them: `gate_up_bias` [N, 2, F / N], `down_bias` [E].
         activation: The function f.
-        row_tiles: How many rows a product takes at a time; None for all.
     """
-    product = partial(linear, row_tiles=row_tiles)
-    both = product(x, weights["gate_up"], weights.get("gate_up_bias"))
+    both = linear(x, weights["gate_up"], weights.get("gate_up_bias"))
     gate, up = (both[:, :, i].reshape(x.shape[0], -1) for i in (0, 1))
     hidden = activate(gate, activation) * up
-    return product(hidden, weights["down"], weights.get("down_bias"))
+    return linear(hidden, weights["down"], weights.get("down_bias"))
 
 
 def plain_mlp(
     x: Float[Array, "T E"],
     weights: Mapping[str, Array],
     activation: Activation,
-    *,
-    row_tiles: RowTiles | None = None,
 ) -> Float[Array, "T E"]:
     """Computes down(f(up(x))).
 
@@ -48,8 +40,6 @@ def plain_mlp(
         weights: `up` [F, E], `down` [E, F], and biases where the model has them:
             `up_bias` [F], `down_bias` [E].
         activation: The function f.
-        row_tiles: How many rows a product takes at a time; None for all.
     """
-    product = partial(linear, row_tiles=row_tiles)
-    hidden = activate(product(x, weights["up"], weights.get("up_bias")), activation)
-    return product(hidden, weights["down"], weights.get("down_bias"))
+    hidden = activate(linear(x, weights["up"], weights.get("up_bias")), activation)
+    return linear(hidden, weights["down"], weights.get("down_bias"))

@@ -18,7 +18,6 @@ from jaxtyping import Float
 
 from jllm.layers.batch import Batch
 from jllm.layers.kernels import Implementation, Target, TileLayout
-from jllm.layers.row_tiles import RowTiles
 from jllm.models.probe import Edits
 
 
@@ -161,8 +160,6 @@ class ModelOptions:
         target: Device that the kernels are made for, None for the default one.
         mesh: Devices that share each layer, None for a single one. One without
             devices does to declare weights, not to compute.
-        row_tiles: How many rows norms and products take at a time, so that each row's
-            bits are the same in any step; None for all rows of a step.
     """
 
     dtype: str = "float32"
@@ -172,7 +169,6 @@ class ModelOptions:
     attention: Implementation = "auto"
     target: Target | None = None
     mesh: Mesh | AbstractMesh | None = None
-    row_tiles: RowTiles | None = None
 
     @property
     def tensor_size(self) -> int:

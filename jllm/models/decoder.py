@@ -5,7 +5,7 @@ A family module turns a config.json into a `DecoderConfig`; everything else is h
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any, overload
 
@@ -37,7 +37,6 @@ from jllm.layers.rope import (
     rope_frequencies,
     rotation_of,
 )
-from jllm.layers.row_tiles import in_row_tiles
 from jllm.models.alike import AlikeLayers
 from jllm.models.base import (
     Batch,
@@ -298,7 +297,6 @@ class Decoder:
             bias=weights.get("head_bias"),
             scale=embedding.logit_scale,
             soft_cap=embedding.soft_cap,
-            row_tiles=self.options.row_tiles,
         )
 
     def _layer(self, layer: Layer, hidden: Array, pool: Array) -> tuple[Array, Array]:
@@ -344,29 +342,24 @@ class Decoder:
             see = partial(layer.probe, "attn.probs")
             attended = explicit_attention(*arguments, pool, layer.batch, options, see)
         flat = attended.reshape(attended.shape[0], -1)
-        return self._linear(flat, own["out"], own.get("out_bias")), pool
+        return linear(flat, own["out"], own.get("out_bias")), pool
 
     def _project(self, own: Weights, normed: Array) -> Heads:
         """Queries [T, H, D], keys and values [T, K, D], not yet rotated."""
         config = self.config
-        qkv = self._linear(normed, own["qkv"], own.get("qkv_bias"))
-        tokens, kv_heads, _ = qkv.shape  # [T, K, (G + 2) * D]
+        qkv = linear(normed, own["qkv"], own.get("qkv_bias"))  # [T, K, (G + 2) * D]
+        tokens, kv_heads, _ = qkv.shape
         qkv = qkv.reshape(tokens, kv_heads, self.group + 2, config.head_dim)
         q = qkv[:, :, :-2].reshape(tokens, config.num_heads, config.head_dim)
         heads = Heads(q, qkv[:, :, -2], qkv[:, :, -1])
         norms = config.attention.head_norms
         if norms is None or norms.over == "head":
             return heads
-        apply = partial(normalise_heads, kind=norms.kind, together=norms.over == "all")
         q, keys = (
-            in_row_tiles(partial(apply, weight=own[name]), x, self.options.row_tiles)
+            normalise_heads(x, norms.kind, own[name], together=norms.over == "all")
             for x, name in ((heads.q, "q_norm"), (heads.keys, "k_norm"))
         )
         return Heads(q, keys, heads.values)
-
-    @property
-    def _linear(self) -> Callable[..., Array]:
-        return partial(linear, row_tiles=self.options.row_tiles)
 
     def _paired(self, layer: int, heads: Heads) -> Heads:
         """The features of each pair half a rotation apart, as it takes them."""
@@ -387,7 +380,7 @@ class Decoder:
     def _mlp(self, own: Weights, normed: Array) -> Array:
         mlp = self.config.mlp
         apply = gated_mlp if mlp.gated else plain_mlp
-        return apply(normed, own, mlp.activation, row_tiles=self.options.row_tiles)
+        return apply(normed, own, mlp.activation)
 
     def _output(self, layer: Layer, norm: str | None, out: Array) -> Array:
         """What a half layer adds to the residual."""
@@ -406,10 +399,9 @@ class Decoder:
         return self._normed(layer.weights, index, hidden)
 
     def _normed(self, weights: Weights, index: int, hidden: Array) -> Array:
-        kind, weight = self.config.norm, weights["norms"][index]
+        kind = self.config.norm
         bias = weights["norm_biases"][index] if kind.bias else None
-        apply = partial(normalise, kind=kind, weight=weight, bias=bias)
-        return in_row_tiles(apply, hidden, self.options.row_tiles)
+        return normalise(hidden, kind, weights["norms"][index], bias)
 
     def _replicate(self, hidden: Array) -> Array:
         """Makes every device hold the sum: the one all-reduce of a half layer."""
@@ -441,7 +433,6 @@ class Decoder:
             target=self.options.target,
             mesh=self.options.mesh,
             soft_cap=attention.soft_cap,
-            fixed_order=self.options.row_tiles is not None,
         )
         return tuple(
             dataclasses.replace(common, window=window) for window in self.windows

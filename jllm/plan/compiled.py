@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jllm.engine.programs import fresh_bytes, sampler_bytes
+from jllm.engine.memory import fresh_bytes, sampler_bytes
 from jllm.engine.startup import StartPlan
 from jllm.plan.hlo import collectives, sums
 

@@ -79,18 +79,18 @@ class LaunchedStep(NamedTuple):
 
     @classmethod
     def of(
-        cls, plan: StepPlan, requests: list[Request], *, in_stages: bool
+        cls, plan: StepPlan, requests: list[Request], num_stages: int
     ) -> "LaunchedStep":
         """A plan that is launched now.
 
         Args:
             plan: The plan.
             requests: The sequence of each row.
-            in_stages: Whether it goes through a pipeline.
+            num_stages: Stages that it goes through.
         """
         chunks = requests[len(plan.decoding) :]
         counts = [request.num_preemptions for request in chunks]
-        if not in_stages:
+        if num_stages == 1:
             return cls(plan, requests, counts)
         rows = [request.num_preemptions for request in requests]
         return cls(plan, requests, counts, rows)

@@ -137,11 +137,9 @@ class Scheduler:
             self._sequences.queue_forks(parent)
             self._decoding.add(parent, draft.step)
         self._tables.end_step()
-        plan = draft.plan()
-        if plan is not None:
+        if (plan := draft.plan()) is not None:
             self._num_steps = plan.step
-            launched = LaunchedStep.of(plan, draft.requests, in_stages=num_stages > 1)
-            self._launched.append(launched)
+            self._launched.append(LaunchedStep.of(plan, draft.requests, num_stages))
         elif self._launched and draft.step - self._launched[-1].plan.step < num_stages:
             self._num_steps = draft.step
             return StepPlan(draft.step, NO_DECODE_ROWS, (), 0)

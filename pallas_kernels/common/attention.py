@@ -10,13 +10,6 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from pallas_kernels.common.scores import ScoreOptions
 
-FIXED_WIDTH = 64
-"""Multiple of the outputs for which the CPU's products add up in one order, whatever
-the number of rows; of float32, 24, 32 and 80 outputs had another below 64 rows."""
-
-FIXED_KEYS = 128
-"""Keys of a turn where the order of sums is fixed, for any number of queries."""
-
 MASKED = -1e30
 """Score of a key that a query may not see; finite, so that no NaN can arise."""
 
@@ -219,17 +212,6 @@ def attend_blocked(
     q, positions = queries
     num_kv_heads, block_size = cache.kv.shape[2:4]
     group = q.shape[2] // num_kv_heads
-    if options.fixed_order and q.shape[1] * group == 1:
-        # A product of a single row has another order.
-        twice = QueryTile(*(jnp.repeat(x, 2, axis=1) for x in queries))
-        return attend_blocked(
-            twice,
-            cache,
-            block_tables,
-            lengths,
-            options,
-            blocks_per_chunk=blocks_per_chunk,
-        )[:, :1]
     keys_per_chunk = blocks_per_chunk * block_size
 
     def add_chunk(chunk: Int[Array, ""], carry: Softmax) -> Softmax:
@@ -279,23 +261,17 @@ def _add_keys(
     maximum = jnp.maximum(so_far.maximum, jnp.maximum(scores.max(axis=-1), MASKED / 2))
     decay = jnp.exp(so_far.maximum - maximum)
     weights = jnp.exp(scores - maximum[..., None])
-    values = _whole_vectors(tile.values) if options.fixed_order else tile.values
     products = jnp.einsum(
         "kqgn,knd->kqgd",
-        weights.astype(values.dtype),
-        values,
+        weights.astype(tile.values.dtype),
+        tile.values,
         preferred_element_type=jnp.float32,
     )
     return Softmax(
         maximum,
         so_far.total * decay + weights.sum(axis=-1),
-        so_far.weighted * decay[..., None] + products[..., : q.shape[-1]],
+        so_far.weighted * decay[..., None] + products,
     )
-
-
-def _whole_vectors(values: Float[Array, "K N D"]) -> Float[Array, "K N W"]:
-    """Values with zeros beside them."""
-    return jnp.pad(values, ((0, 0), (0, 0), (0, -values.shape[2] % FIXED_WIDTH)))
 
 
 def pad_tables(

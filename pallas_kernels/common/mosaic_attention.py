@@ -72,8 +72,6 @@ def check_supported(
         )
     if options.scale <= 0:
         raise NotImplementedError(f"scale={options.scale} is not positive")
-    if options.fixed_order:
-        raise NotImplementedError("a fixed order of sums on Mosaic GPU")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

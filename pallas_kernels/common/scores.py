@@ -11,7 +11,7 @@ from jaxtyping import Float
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["sinks", "alibi_slopes"],
-    meta_fields=["scale", "window", "soft_cap", "fixed_order"],
+    meta_fields=["scale", "window", "soft_cap"],
 )
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScoreOptions:
@@ -28,8 +28,6 @@ class ScoreOptions:
         soft_cap: Bound of the scores (Gemma 2, arXiv:2408.00118); None for none.
         sinks: Score of each head's sink (gpt-oss); None for none.
         alibi_slopes: Slope of each head (ALiBi, arXiv:2108.12409); None for none.
-        fixed_order: Whether a query's sums run in an order that depends on its own
-            position alone, so that its bits are the same among any other queries.
     """
 
     scale: float
@@ -37,7 +35,6 @@ class ScoreOptions:
     soft_cap: float | None = None
     sinks: Float[Array, " H"] | None = None
     alibi_slopes: Float[Array, " H"] | None = None
-    fixed_order: bool = False
 
     def check(self, num_heads: int) -> None:
         """Raises ValueError naming the option that is out of its bounds."""

@@ -196,7 +196,6 @@ def _describe(
         scale=options.scale,
         window=options.window,
         soft_cap=options.soft_cap,
-        fixed_order=options.fixed_order,
     )
 
 
@@ -259,9 +258,6 @@ def _visible_blocks(tiles: Tiles, shape: Shape) -> tuple[Array, Array]:
     if shape.window is None:
         return jnp.zeros_like(end), end
     first = jnp.maximum(oldest - (shape.window - 1), 0) // shape.block_size
-    if shape.fixed_order:
-        per_chunk = shape.sizes.blocks_per_chunk
-        first = first // per_chunk * per_chunk
     return jnp.minimum(first, end), end
 
 

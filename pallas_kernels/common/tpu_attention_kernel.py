@@ -74,7 +74,6 @@ class Shape:
     scale: float
     window: int | None
     soft_cap: float | None
-    fixed_order: bool
 
     @property
     def rows(self) -> int:
@@ -383,10 +382,6 @@ class Kernel:
         if shape.window is not None:
             is_full &= newest - first_key < shape.window
         distance_to_first = oldest - first_key
-        if shape.fixed_order:
-            # Code without masks might round otherwise.
-            self._add_heads(slot, tokens, distance_to_first, is_masked=True)
-            return
 
         @pl.when(is_full)
         def _() -> None:

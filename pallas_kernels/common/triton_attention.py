@@ -154,7 +154,6 @@ class AttentionTiles:
         scale: See `ScoreOptions`.
         window: See `ScoreOptions`.
         soft_cap: See `ScoreOptions`.
-        fixed_order: See `ScoreOptions`.
     """
 
     tokens: int
@@ -170,7 +169,6 @@ class AttentionTiles:
     scale: float
     window: int | None
     soft_cap: float | None
-    fixed_order: bool
 
     @property
     def rows(self) -> int:
@@ -294,7 +292,6 @@ def plan_tiles(
         scale=options.scale,
         window=options.window,
         soft_cap=options.soft_cap,
-        fixed_order=options.fixed_order,
     )
 
 
@@ -465,7 +462,7 @@ def _visible(
     key_positions: Int[Array, " N"],
     length: Int[Array, ""],
 ) -> Bool[Array, "R N"]:
-    if tiles.tokens == 1 and not tiles.fixed_order:
+    if tiles.tokens == 1:
         # The keys that one token sees are the very run that is visited.
         visible = key_positions[None, :] < length
         return jnp.broadcast_to(visible, (tiles.rows, tiles.block_n))

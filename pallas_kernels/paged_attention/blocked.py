@@ -6,7 +6,6 @@ from jax import Array
 from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.common.attention import (
-    FIXED_KEYS,
     Cache,
     QueryTile,
     attend_blocked,
@@ -39,8 +38,6 @@ def paged_attention_blocked(
     group = min(ROWS_PER_GROUP, num_rows)
     keys = min(KEYS_PER_ROW, KEYS_PER_TURN // group)
     blocks_per_chunk = max(1, min(keys // block_size, block_tables.shape[1]))
-    if options.fixed_order:
-        blocks_per_chunk = max(1, FIXED_KEYS // block_size)
     num_groups = -(-num_rows // group)
     missing = num_groups * group - num_rows
     order = jnp.pad(jnp.argsort(-lengths), (0, missing), mode="edge")

@@ -113,8 +113,6 @@ def paged_attention_gpu_triton(
     Source: Flash-Decoding, https://pytorch.org/blog/flash-decoding.
     """
     check_supported(q, kv, target)
-    if options.fixed_order:
-        raise NotImplementedError("a fixed order of sums in shares of the keys")
     num_rows, num_new, num_heads, head_dim = q.shape
     num_kv_heads = kv.shape[2]
     if num_new * (num_heads // num_kv_heads) > MAX_TILE_ROWS:

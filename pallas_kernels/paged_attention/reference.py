@@ -24,8 +24,6 @@ def paged_attention_reference(
     kv_scales: Float[Array, "2 K"] | None,
 ) -> Float[Array, "S Q H D"]:
     """Attends each sequence's tokens to its whole table; see `api.paged_attention`."""
-    if options.fixed_order:
-        raise NotImplementedError("a fixed order of sums over whole tables")
     num_new = q.shape[1]
 
     def attend(q_row: Array, table: Array, length: Array) -> Array:

@@ -64,8 +64,6 @@ def _attend_rows(
     new: TokenRows | None,
     target: Target,
 ) -> tuple[Float[Array, "S Q H D"], Shaped[Array, "B 2 K P D"]]:
-    if options.fixed_order:
-        raise NotImplementedError("a fixed order of sums in tiles of single rows")
     num_rows, num_new = q.shape[:2]
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     tiles = Tiles(

@@ -8,7 +8,6 @@ from jax import Array
 from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.common.attention import (
-    FIXED_KEYS,
     Cache,
     QueryTile,
     attend_blocked,
@@ -45,8 +44,6 @@ def ragged_attention_blocked(
     block_size = kv.shape[3]
     tile_q = LAYOUT.tile_q(num_tokens)
     blocks_per_chunk = max(1, min(KEYS_PER_CHUNK // block_size, block_tables.shape[1]))
-    if options.fixed_order:
-        blocks_per_chunk = max(1, FIXED_KEYS // block_size)
     tables = pad_tables(block_tables, blocks_per_chunk)
     table = tiles_for(tiles, row_starts, num_tokens, LAYOUT)
     # A tile reads and writes tile_q tokens; what it writes past its own sequence is

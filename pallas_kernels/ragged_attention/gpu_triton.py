@@ -88,7 +88,7 @@ def ragged_attention_gpu_triton(
         kv,
         block_tables,
         options,
-        tokens=layout.tokens if options.fixed_order else layout.tile_q(num_tokens),
+        tokens=layout.tile_q(num_tokens),
         block_n=sizes["block_n"],
         target=target,
     )
@@ -156,21 +156,14 @@ def _tile_kernel(*all_refs: Any, tiles: AttentionTiles) -> None:
         first_position = first_token + length - table.row_starts[row + 1]
         tile = QueryTile(row, head, first_token, num_tokens, first_position)
         begin = first_visible(tiles.window, first_position)
-        if tiles.fixed_order:
-            begin -= lax.rem(begin, np.int32(tiles.block_n))
         keys = KeyRun(begin, first_position + num_tokens)
         add_tiles = attend_keys(tiles, refs, tile, keys)
         state = tiles.start()
         first_full, end_full, end = _split_keys(tiles, tile, begin)
-        if tiles.fixed_order:
-            # Code without masks might round otherwise, and who is masked depends on
-            # the other queries.
-            state = add_tiles(state, np.int32(0), end, is_masked=True)
-        else:
-            if tiles.window is not None:
-                state = add_tiles(state, np.int32(0), first_full, is_masked=True)
-            state = add_tiles(state, first_full, end_full, is_masked=False)
-            state = add_tiles(state, end_full, end, is_masked=True)
+        if tiles.window is not None:
+            state = add_tiles(state, np.int32(0), first_full, is_masked=True)
+        state = add_tiles(state, first_full, end_full, is_masked=False)
+        state = add_tiles(state, end_full, end, is_masked=True)
         state = state._replace(weighted=scale_values(refs, tile, state.weighted))
         sinks = None
         if refs.sinks is not None:

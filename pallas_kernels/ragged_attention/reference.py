@@ -39,8 +39,6 @@ def ragged_attention_reference(
 ) -> Float[Array, "T H D"]:
     """Attends all tiles at once to whole tables; see `api.ragged_attention`."""
     del tiles  # made here, where all of it can be read
-    if options.fixed_order:
-        raise NotImplementedError("a fixed order of sums over whole tables")
     runs = _cut(lengths, row_starts, q.shape[0])
 
     def attend(q_tile: Array, q_positions: Array, table: Array, length: Array) -> Array:

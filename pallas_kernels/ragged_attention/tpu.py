@@ -1,6 +1,5 @@
 """Prefill attention on TPUs; the kernel is that of `common.tpu_attention`."""
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -54,17 +53,10 @@ def ragged_attention_tpu(
 ) -> Float[Array, "T H D"]:
     """Attends tile after tile; see `api.ragged_attention`."""
     cache = PagedCache(kv, block_tables, kv_scales)
-    layout, num_tokens = tile_layout(q, kv, target), q.shape[0]
-    table = tiles_for(tiles, row_starts, num_tokens, layout)
-    placed = _place(table, row_starts, lengths, num_tokens)
-    if options.fixed_order:
-        # Tiles of one size, in steps of any number of tokens.
-        missing = max(0, layout.tokens - num_tokens)
-        q = jnp.pad(q, ((0, missing), (0, 0), (0, 0)))
-    sizes = _tile_sizes(q, cache, target)
-    if options.fixed_order:
-        sizes = dataclasses.replace(sizes, small_q=0)
-    return attend(q, cache, placed, options, sizes, None, target)[0][:num_tokens]
+    sizes, layout = _tile_sizes(q, cache, target), tile_layout(q, kv, target)
+    table = tiles_for(tiles, row_starts, q.shape[0], layout)
+    placed = _place(table, row_starts, lengths, q.shape[0])
+    return attend(q, cache, placed, options, sizes, None, target)[0]
 
 
 def ragged_attention_update_tpu(
@@ -84,8 +76,6 @@ def ragged_attention_update_tpu(
     A prompt of several tiles reads what its earlier tiles have written; hence all is
     written before anything is read.
     """
-    if options.fixed_order:
-        raise NotImplementedError("a fixed order of sums while tokens are stored")
     cache = PagedCache(kv, block_tables, kv_scales)
     sizes = _tile_sizes(tokens.q, cache, target)
     num_tokens = tokens.q.shape[0]

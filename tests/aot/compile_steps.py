@@ -18,9 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jllm.config import WindowPool
 from jllm.engine.builder import ProgramBuilder
-from jllm.engine.options import row_tiles
 from jllm.engine.programs import (
     ProgramOptions,
     ProgramSizes,
@@ -65,30 +63,18 @@ NUM_TOKENS = 1280
 
 
 class Case(NamedTuple):
-    """Devices that share each layer, head width, and what is compiled for them.
-
-    The variant "windows" has a layer with a window, "deterministic" is that option.
-    """
+    """Devices that share each layer, head width, and what is compiled for them."""
 
     num_devices: int
     head_dim: int
     programs: tuple[str, ...]
-    variant: str = "plain"
 
 
 ALL = ("decode", "prefill", "sampler", "prompt_logprobs")
-STEPS = ("decode", "prefill")
-VARIANTS = (Case(1, 128, STEPS, "windows"), Case(1, 128, STEPS, "deterministic"))
 CASES = {
-    "gpu": (Case(1, 128, ALL), Case(4, 128, ALL), *VARIANTS),
+    "gpu": (Case(1, 128, ALL), Case(4, 128, ALL)),
     # Heads narrower than a register are padded in the pool.
-    "tpu": (Case(1, 128, ALL), Case(4, 128, ALL), Case(1, 64, ("decode",)), *VARIANTS),
-}
-WINDOW = 1000
-WINDOWS = {
-    "use_sliding_window": True,
-    "sliding_window": WINDOW,
-    "max_window_layers": 1,
+    "tpu": (Case(1, 128, ALL), Case(4, 128, ALL), Case(1, 64, ("decode",))),
 }
 
 
@@ -116,12 +102,6 @@ def program_options(platform, model):
         draw_method="gumbel",
         tiles=model.tile_layout(block_size),
         branches=False,
-        window_pools=tuple(
-            # An odd size: no other array has as many elements.
-            WindowPool(group.window, NUM_ROWS * (WINDOW // block_size + 3) + 1)
-            for group in model.cache_groups
-            if group.window is not None
-        ),
     )
 
 
@@ -142,7 +122,7 @@ class Target:
     """The programs of one model on some devices of a platform, gpu or tpu."""
 
     def __init__(self, platform, devices, case):
-        num_devices, head_dim, _, variant = case
+        num_devices, head_dim, _ = case
         mesh = make_mesh(tensor=num_devices, devices=devices)
         options = ModelOptions(
             dtype="bfloat16",
@@ -150,20 +130,16 @@ class Target:
             max_model_len=MAX_MODEL_LEN,
             target=KernelTarget.of(devices[0]),
             mesh=mesh if num_devices > 1 else None,
-            row_tiles=row_tiles(platform) if variant == "deterministic" else None,
         )
-        windows = WINDOWS if variant == "windows" else {}
-        model = build_model({**MODEL, **windows, "head_dim": head_dim}, options)
+        model = build_model({**MODEL, "head_dim": head_dim}, options)
         place = NamedSharding(mesh, PartitionSpec())
         self._vocab_size = model.padded_vocab_size
         self.options = program_options(platform, model)
-        described = describe_state(model, self.options, place)
-        self.pools, self.state = described.kv, jax.tree.leaves(described)
+        self.state = jax.tree.leaves(describe_state(model, self.options, place))
         self.weights = describe_weights(model, mesh)
         self._builder = ProgramBuilder(model, self.options, self.weights, place)
         self._facts = {"platform": platform, "device": DEVICE_NAMES[platform]}
         self._facts |= {"num_devices": num_devices, "head_dim": head_dim}
-        self._facts |= {"variant": variant}
 
     def compile(self, program):
         """A compiled program."""
@@ -179,23 +155,22 @@ class Target:
         if dump is not None:
             name = "-".join([*map(str, self._facts.values()), program])
             (dump / f"{name}.hlo".replace(" ", "_")).write_text(text)
-        pools = {local_size(leaf) for leaf in self.pools}
+        pool = local_size(self.state[0])
         matrices = [leaf for leaf in jax.tree.leaves(self.weights) if is_matrix(leaf)]
-        sizes = pools | {local_size(leaf) for leaf in matrices}
+        sizes = {pool, *(local_size(leaf) for leaf in matrices)}
         return self._facts | {
             "program": program,
             "argument_bytes": memory.argument_size_in_bytes,
             "output_bytes": memory.output_size_in_bytes,
             "temporary_bytes": memory.temp_size_in_bytes,
             "aliased_bytes": memory.alias_size_in_bytes,
-            "pool_bytes": sum(local_bytes(leaf) for leaf in self.pools),
+            "pool_bytes": sum(local_bytes(leaf) for leaf in self.state[:-3]),
             "logits_bytes": 4 * NUM_ROWS * self._vocab_size,
             "state_bytes": sum(local_bytes(leaf) for leaf in self.state),
             "state_leaves": len(self.state),
             "aliased_leaves": len(hlo.aliased_parameters(text)),
             "copies": hlo.count_copies(text),
-            "large_moves": hlo.large_moves(text, sizes, max(pools)),
-            "products": hlo.products(text),
+            "large_moves": hlo.large_moves(text, sizes, pool),
             "custom_calls": hlo.custom_calls(text),
             "collectives": collectives(text),
             "compile_seconds": round(seconds, 1),

@@ -20,7 +20,6 @@ MAKES_NOTHING = {
 """Opcodes that make no array of their own; a copy is counted where it starts, and a
 weight fetched slice by slice arrives in the memory of a TPU's core."""
 
-GEMM = "gemm"
 UPDATES = re.compile(r" (?:scatter|dynamic-update-slice)\(")
 
 
@@ -93,25 +92,6 @@ def custom_calls(text):
     """How often each foreign kernel is called."""
     targets = re.findall(r'custom_call_target="([^"]+)"', text)
     return {target: targets.count(target) for target in sorted(set(targets))}
-
-
-def products(text):
-    """Type and dimensions of the result of every product, each once.
-
-    Attention's are in kernels and not seen; of several arrays the first is meant.
-    """
-    found = set()
-    for line in text.splitlines():
-        instruction = parse_instruction(line)
-        if instruction is None or not instruction.arrays:
-            continue
-        opcode = instruction.opcode
-        if opcode in ("dot", "convolution") or (
-            opcode == "custom-call" and GEMM in line
-        ):
-            kind, dims, _ = instruction.arrays[0]
-            found.add(f"{kind}[{','.join(map(str, dims))}]")
-    return sorted(found)
 
 
 def aliased_parameters(text):

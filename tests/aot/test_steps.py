@@ -12,7 +12,6 @@ import sys
 
 import pytest
 
-from jllm.engine.options import row_tiles
 from tests.aot.compile_steps import ALL, CASES, MODEL, NUM_ROWS, NUM_TOKENS, ROOT
 
 pytestmark = pytest.mark.aot
@@ -22,7 +21,7 @@ PROGRAMS = [
     pytest.param(platform, case, program, id=f"{platform}-{name}-{program}")
     for platform, cases in CASES.items()
     for case in cases
-    for name in [f"{case.num_devices}x{case.head_dim}-{case.variant}"]
+    for name in [f"{case.num_devices}x{case.head_dim}"]
     for program in case.programs
 ]
 on_every_program = pytest.mark.parametrize(("platform", "case", "program"), PROGRAMS)
@@ -52,14 +51,12 @@ def report_of():
         out, errors = processes[platform].communicate(timeout=900)
         assert processes[platform].returncode == 0, errors[-4000:]
         lines = [json.loads(line) for line in out.splitlines()]
-        keys = ("num_devices", "head_dim", "variant", "program")
-        return {tuple(r[key] for key in keys): r for r in lines}
+        return {(r["num_devices"], r["head_dim"], r["program"]): r for r in lines}
 
     def report(platform, case, program):
         if platform not in processes:
             pytest.skip(f"none of {COMPILERS[platform]} is installed (extra aot)")
-        key = (case.num_devices, case.head_dim, case.variant, program)
-        return reports(platform)[key]
+        return reports(platform)[case.num_devices, case.head_dim, program]
 
     yield report
     for process in processes.values():
@@ -116,21 +113,3 @@ def test_two_all_reduces_per_layer(report_of, platform, program):
 def test_one_device_sends_nothing(report_of, platform):
     for program in ALL:
         assert report_of(platform, CASES[platform][0], program)["collectives"] == []
-
-
-@pytest.mark.parametrize("platform", CASES)
-def test_a_deterministic_program_has_the_same_products_in_every_size(
-    report_of, platform
-):
-    """Rows of a tile by outputs, whatever the rows of the step."""
-    case = CASES[platform][-1]
-    assert case.variant == "deterministic"
-    decode, prefill = (
-        set(report_of(platform, case, program)["products"])
-        for program in ("decode", "prefill")
-    )
-    assert decode == prefill
-    rows = {int(shape.partition("[")[2].split(",")[0]) for shape in decode}
-    assert rows == {row_tiles(platform).size}
-    plain = CASES[platform][0]
-    assert set(report_of(platform, plain, "decode")["products"]) != decode

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jllm.engine.programs import sampler_bytes
+from jllm.engine.memory import sampler_bytes
 from jllm.errors import InvalidRequestError
 from tests.engines import LLAMA, drain, make_engine, request, shared_engine
 

@@ -4,8 +4,7 @@ import logging
 
 import pytest
 
-from jllm.engine.memory import MemoryBudget
-from jllm.engine.programs import fresh_bytes
+from jllm.engine.memory import MemoryBudget, fresh_bytes
 from jllm.errors import ConfigError
 from tests.engines import LLAMA, make_engine
 
