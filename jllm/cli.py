@@ -32,7 +32,7 @@ BROKEN_PIPE = 141
 COMMANDS_GROUP = "jllm.commands"
 """Entry points of further commands; each loads a `Plugin`."""
 SAMPLING_FLAGS_LEFT_OUT = ("output_kind", "detokenize", "extra_args")
-ENGINE_FLAGS_LEFT_OUT = ("model", "logits_processors")
+ENGINE_FLAGS_LEFT_OUT = ("model",)
 ENGINE_FLAGS_RENAMED = {"seed": "engine-seed"}
 """`--seed` is the one of the sampling parameters."""
 STORY_PROMPT = "Once upon a time"

@@ -150,12 +150,14 @@ class EngineConfig:
         "folder of exported executables, filled by the first start and loaded by the "
         "next ones, which then trace and compile nothing; its files are run, so that "
         "it must be the user's own; auto loads what `jllm compile` left beside the "
-        "model and exports nothing; none does neither",
+        "model and exports nothing; none does neither, nor does auto with several "
+        "hosts or logits_processors",
     )
     # Its own fields are flags.
     hosts: HostConfig | None = dataclasses.field(default=None, metadata={"flag": False})
-    logits_processors: Sequence[Any] = _option(
-        (), "functions over the scores of every token; in Python only"
+    # Functions over the scores of every token; in Python only.
+    logits_processors: Sequence[Any] = dataclasses.field(
+        default=(), metadata={"flag": False}
     )
 
     def __post_init__(self) -> None:
@@ -225,6 +227,8 @@ class EngineConfig:
             return
         if not isinstance(hosts, HostConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"hosts={hosts!r} must be a HostConfig")
+        if hosts.num_hosts == 1:
+            return
         if self.data_parallel_size > 1:
             raise ConfigError(
                 f"data_parallel_size={self.data_parallel_size} must be 1 with several "

@@ -102,7 +102,9 @@ if sys.platform == "linux":
             wait = -1 if timeout is None else max(timeout, 0)
             found: list[tuple[selectors.SelectorKey, int]] = []
             for handle, events in self._epoll.poll(wait, self._most):
-                key = self.get_key(handle)
+                key = self.get_map().get(handle)
+                if key is None:  # closed without being taken out
+                    continue
                 # An error or a hang-up is found by whoever reads or writes.
                 readable = events & ~select.EPOLLOUT and selectors.EVENT_READ
                 writable = events & ~select.EPOLLIN and selectors.EVENT_WRITE

@@ -120,15 +120,21 @@ def index_inputs(
     Args:
         urls: See `find_inputs`.
         range_lines: Lines of a range; the last of a file has fewer.
+
+    Raises:
+        StorageError: A file cannot be read.
     """
     files: list[InputFile] = []
     ranges: list[LineRange] = []
     for i, url in enumerate(urls):
-        whole, size = hashlib.sha256(), 0
-        for part in _ranges(url, i, range_lines, whole):
-            size = part.end
-            if part.num_requests:
-                ranges.append(part)
+        whole = hashlib.sha256()
+        try:
+            parts = list(_ranges(url, i, range_lines, whole))
+        # Object stores raise whatever they like.
+        except Exception as error:
+            raise StorageError(f"{url}: {error}") from error
+        size = parts[-1].end if parts else 0
+        ranges += [part for part in parts if part.num_requests]
         files.append(InputFile(url, whole.hexdigest(), size))
     return files, ranges
 

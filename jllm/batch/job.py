@@ -10,6 +10,8 @@ from jllm.batch.store import Store
 from jllm.errors import ConfigError
 
 MANIFEST = "job.json"
+OWN_NAMES = ("parts", "claims", "workers", "output.jsonl", "errors.jsonl")
+"""What a job makes in its folder, and removes or replaces: never anybody else's."""
 VERSION = 1
 
 
@@ -73,11 +75,19 @@ def open_job(
         range_lines: Lines of a range, where the job begins.
 
     Raises:
-        ConfigError: An input is missing, or another job was begun in this folder.
+        ConfigError: An input is missing, another job was begun in this folder, or it
+            holds what a job would overwrite.
     """
     urls = find_inputs(inputs)
+    # Looked for first: another worker makes them after the manifest.
+    found = [name for name in store.names("") if name in OWN_NAMES]
     raw = store.read(MANIFEST)
     if raw is None:
+        if found:
+            raise ConfigError(
+                f"{store.url} holds {', '.join(found)} of something else; give another "
+                "folder"
+            )
         files, ranges = index_inputs(urls, range_lines)
         if not ranges:
             raise ConfigError("the inputs have no lines")

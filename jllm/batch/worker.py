@@ -266,7 +266,8 @@ class Worker:
         records = dict(self._records)
         self._records.clear()
         try:
-            await self._in_files(self._journal.write, records)
+            # Written even if whoever flushes is cancelled meanwhile.
+            await asyncio.shield(self._in_files(self._journal.write, records))
             for index, found in records.items():
                 if index in self._taken:
                     self._taken[index].num_open -= len(found)
@@ -286,7 +287,9 @@ class Worker:
                 self._fail(LeaseLostError("another worker has taken over this job"))
                 return
             logger.warning("another worker has taken over lines of this one")
-            taken = self._taken.pop(mine[name])
+            taken = self._taken.pop(mine[name], None)
+            if taken is None:  # it was done meanwhile
+                continue
             self._records.pop(taken.index, None)
             for task in taken.tasks:
                 task.cancel()

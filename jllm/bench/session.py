@@ -45,7 +45,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(
         group,
         EngineConfig,
-        leave_out=("model", "logits_processors"),
+        leave_out=("model",),
         renamed={"seed": "engine-seed"},
     )
 

@@ -13,6 +13,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,19 +118,21 @@ def accept(connection: socket.socket, secret: bytes) -> tuple[Channel, int, int]
         HandshakeError: It does not speak the protocol, is too slow, or does not know
             the secret.
     """
-    connection.settimeout(HANDSHAKE_SECONDS)
+    # In all, not for each byte: a stranger must not hold a place.
+    deadline = time.monotonic() + HANDSHAKE_SECONDS
     try:
-        hello = _read(connection, HELLO.size)
+        hello = _read(connection, HELLO.size, deadline)
         magic, host_id, num_hosts, _ = HELLO.unpack(hello)
         if magic != MAGIC:
             raise HandshakeError("it does not speak jllm's protocol")
         nonce = secrets.token_bytes(32)
         connection.sendall(nonce)
         transcript = hello + nonce
-        proof = _read(connection, 32)
+        proof = _read(connection, 32, deadline)
         if not hmac.compare_digest(proof, _proof(secret, b"joining", transcript)):
             raise HandshakeError("it does not know the secret")
         connection.sendall(_proof(secret, b"first", transcript))
+        connection.settimeout(HANDSHAKE_SECONDS)
     except (OSError, ChannelClosedError) as error:
         raise HandshakeError(f"no handshake: {error}") from error
     to_first, from_first = _keys(secret, transcript)
@@ -193,10 +196,13 @@ def _code(key: bytes, number: int, content: bytes) -> bytes:
     return code.digest()
 
 
-def _read(connection: socket.socket, size: int) -> bytes:
+def _read(connection: socket.socket, size: int, deadline: float | None = None) -> bytes:
+    """Reads so many bytes, until a time of the monotonic clock if one is given."""
     data = bytearray(size)
     view = memoryview(data)
     while view:
+        if deadline is not None:
+            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
         try:
             count = connection.recv_into(view)
         except OSError as error:

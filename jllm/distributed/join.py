@@ -182,7 +182,8 @@ def _gather(
                     f"host {names} has not come within {config.start_timeout:g} s"
                 ) from None
             if host in channels:
-                channel.send("refused", f"host_id={host} is taken")
+                with contextlib.suppress(ChannelClosedError):
+                    channel.send("refused", f"host_id={host} is taken")
                 channel.close()
                 logger.warning("turned away a second host %d", host)
                 continue

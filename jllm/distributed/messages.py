@@ -58,7 +58,8 @@ def _unpack_array(code: int, data: bytes) -> np.ndarray:
     if code != ARRAY:
         raise MessageError(f"unknown type {code}")
     unpacker = msgpack.Unpacker()
-    unpacker.feed(data)
+    # Type and shape are short; more than 100 MiB it would not take.
+    unpacker.feed(data[:1024])
     dtype, shape = unpacker.unpack()
     if dtype not in DTYPES:
         raise MessageError(f"arrays of {dtype} are not sent")

@@ -251,6 +251,7 @@ class Engine:
         """Takes other weights for the steps from now on.
 
         Sequences that run go on with what they have cached, which nobody else will use.
+        In a pipeline the new ones hold for the layers that a token has still to pass.
 
         Raises:
             ConfigError: The tree differs from `weights` in structure, shapes or types.
@@ -267,6 +268,7 @@ class Engine:
         for request_id in tuple(self._open):
             self.abort(request_id)
         self._in_flight = None
+        self._stages = Stages(self._scheduler.config.num_stages)
         self._executor.close()
 
     def _launch(self, plan: StepPlan) -> InFlight:

@@ -1,5 +1,8 @@
 """A host that schedules nothing: it runs the programs that the first one tells it."""
 
+import signal
+import threading
+
 from jllm.config import EngineConfig
 from jllm.distributed.facts import make_facts
 from jllm.distributed.follower import Follower
@@ -36,6 +39,9 @@ def follow(config: EngineConfig) -> None:
     use_compilation_cache(config.compilation_cache_dir, fills=True)
     files = resolve_files(config)
     leader = join(hosts, make_facts(config, checkpoint_digests(files)))
+    if threading.current_thread() is threading.main_thread():
+        # A terminal sends Ctrl-C to all hosts; the first one decides when all end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         (mesh,) = make_meshes(config)
         plan = plan_replica(config, files, mesh)

@@ -185,13 +185,14 @@ class Probing:
         """
         if not self._open or all(job.probed is None for job in jobs):
             return None
-        assert self._current is not None
-        probes = self._current.probes
+        current = self._current  # may be replaced by another thread
+        assert current is not None
+        probes = current.probes
         if self._tables is None or self._tables[0] is not probes:
             self._tables = probes, EditTables(probes.groups, self._options.table_rows)
         edits = [job.probed.edits if job.probed else None for job in jobs]
         inputs = self._tables[1].place(plan.table_rows, edits, self._upload)
-        layout, program = self._current.get(is_decode=plan.is_decode)
+        layout, program = current.get(is_decode=plan.is_decode)
         return layout, partial(_call, program, inputs)
 
     def capture(self, flight: InFlight, captured: Mapping[str, jax.Array]) -> InFlight:

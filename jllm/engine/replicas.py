@@ -49,8 +49,9 @@ class Replicas:
 
     def prepare(self, requests: Sequence[EngineRequest]) -> None:
         """Shares requests that capture or edit out; see `Engine.prepare`."""
-        shares = [requests[i :: len(self._engines)] for i in range(len(self._engines))]
-        for engine, share in zip(self._engines, shares, strict=True):
+        engines = sorted(self._engines, key=lambda engine: engine.num_open)
+        shares = [requests[i :: len(engines)] for i in range(len(engines))]
+        for engine, share in zip(engines, shares, strict=True):
             engine.prepare(share)
             self._prepared |= {request.request_id: engine for request in share}
 
@@ -64,12 +65,13 @@ class Replicas:
         """Queues a request; see `Engine.add`."""
         owner = self._owner.get(request.request_id)
         if owner is None or not owner.is_open(request.request_id):
-            owner = self._prepared.pop(request.request_id, None)
+            owner = self._prepared.get(request.request_id)
         if owner is None:
             loads = [engine.num_open for engine in self._engines]
             prompt, salt = request.prompt_token_ids, request.cache_salt
             owner = self._engines[self._router.route(prompt, loads, salt)]
         owner.add(request)
+        self._prepared.pop(request.request_id, None)
         self._owner[request.request_id] = owner
 
     def abort(self, request_id: str) -> None:

@@ -211,6 +211,9 @@ class BlockTables:
         for group, table, part in zip(self._groups, request.tables, parts, strict=True):
             group.start(table, part.blocks, part.source)
         request.num_computed_tokens = match.num_tokens
+        if self._caching:
+            # The root of its prefixes: that of the weights it starts with.
+            self._extend_prefixes(request, 0)
 
     def end_step(self) -> None:
         """Lets go of the blocks that no copy of the step may have as a target."""

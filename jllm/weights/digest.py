@@ -38,8 +38,11 @@ def _files(path: Path) -> Iterator[Path]:
     yield path / "config.json"
     for pattern in ("*.safetensors", "*.safetensors.index.json", "orbax.json"):
         yield from sorted(path.glob(pattern))
-    # The values of an orbax checkpoint are too many files; these describe them.
-    yield from sorted(path.glob("orbax/*/.zarray"))
+    # An orbax checkpoint has too many files of values: of each array its description,
+    # and one of them.
+    for folder in sorted(path.glob("orbax/*")):
+        if folder.is_dir():
+            yield from sorted(file for file in folder.iterdir() if file.is_file())[:2]
 
 
 def _digest(path: Path) -> str:

@@ -112,6 +112,8 @@ class BatchOptions:
         self._check_number("grace_seconds", 0, 10)
         if not self.ray and (self.num_replicas > 1 or self.ray_resources):
             raise ConfigError("num_replicas and ray_resources need ray")
+        if self.ray and self.worker_id is not None:
+            raise ConfigError("worker_id cannot be given with ray, which names workers")
 
     def _check_integer(self, field: str) -> None:
         value = getattr(self, field)
@@ -172,6 +174,7 @@ class BatchOptions:
             "generation_config",
             "dtype",
             "load_format",
+            "max_model_len",
             "seed",
         )
         found = {name: getattr(self, name) for name in own}

@@ -76,7 +76,9 @@ def run_batch(
                 store, options.inputs, options.settings(engine), options.range_lines
             )
             code = 0
-            if summary(store) is None:
+            # Other hosts wait for this one, done or not.
+            waited_for = engine.hosts is not None and engine.hosts.num_hosts > 1
+            if summary(store) is None or waited_for:
                 code = _work(engine, options, (store, job), make_llm, has_signals)
     except StorageError as error:
         return _give_up(error, IO_ERROR)

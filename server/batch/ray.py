@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from jllm import ConfigError, EngineConfig, JllmError
+from jllm import ConfigError, EngineConfig
 from jllm.batch import Store, declare_dead, open_job, summary
 from server.batch.options import BatchOptions
 from server.batch.process import early_signals, run_batch
@@ -86,8 +86,9 @@ class _Actor:
         """Works until the job is done; returns the exit code and what was wrong."""
         try:
             return run_worker(engine, options), ""
-        except JllmError as error:
-            return ENGINE_FAILED, str(error)
+        # Whatever it is must not end the other replicas.
+        except Exception as error:  # noqa: BLE001
+            return ENGINE_FAILED, f"{type(error).__name__}: {error}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ class _Replicas:
             replica = self._running.pop(task)
             try:
                 code, problem = self._ray.get(task)
-            except self._ray.exceptions.RayActorError:
+            except self._ray.exceptions.RayError:
                 num_deaths += 1
                 logger.warning("replica %s has died", replica.name)
                 declare_dead(store, replica.name)

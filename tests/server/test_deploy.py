@@ -43,6 +43,7 @@ SETS = [
     *FOLDER.glob("jobset-*.yaml"),
     *FOLDER.glob("leaderworkerset-*.yaml"),
 ]
+assert len(SETS) == 4
 SCHEMAS = pathlib.Path(__file__).parent / "schemas"
 
 

@@ -12,6 +12,7 @@ import threading
 import pytest
 
 from jllm.batch import JobBusyError, Outcome, StorageError, Store, worker
+from jllm.batch.job import open_job
 from jllm.batch.leases import CLAIMS, WORKERS
 from jllm.batch.records import DONE, PARTS
 from jllm.errors import ConfigError
@@ -265,12 +266,24 @@ def test_a_worker_that_was_stopped_too_long_leaves_the_job(
     assert results(output) == expected
 
 
+def test_a_folder_of_something_else_is_left_alone(inputs, tmp_path):
+    output = tmp_path / "out"
+    (output / "parts").mkdir(parents=True)
+    (output / "parts" / "mine").write_text("precious")
+    with pytest.raises(ConfigError, match="holds parts of something else"):
+        work(inputs, output)
+    assert (output / "parts" / "mine").read_text() == "precious"
+
+
 def test_other_inputs_or_settings_are_refused(inputs, tmp_path):
     output = tmp_path / "out"
     work(inputs, output, stop_after=5)
     other = write_input(tmp_path, name="other.jsonl")
     with pytest.raises(ConfigError, match=r"begun with the inputs .*in\.jsonl"):
         work([other], output)
+    store = Store(str(output))
+    with pytest.raises(ConfigError, match="begun with"):
+        open_job(store, [str(path) for path in inputs], {"model": "other"}, 8)
     text = (tmp_path / "in.jsonl").read_text()
     (tmp_path / "in.jsonl").write_text(text.replace("prompt 59", "prompt 95"))
     with pytest.raises(ConfigError, match="has changed since the job began"):

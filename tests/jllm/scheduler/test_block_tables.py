@@ -261,3 +261,14 @@ def test_what_is_given_back_is_reserved_anew():
     tables.release(one)
     assert group.num_available == 6
     tables.check_integrity([])
+
+
+def test_blocks_of_older_weights_are_not_found(tables):
+    one = request(0, range(8))
+    one.max_cached_tokens = 0  # nothing is looked for, hence nothing hashed yet
+    tables.start(one, tables.match(one))
+    tables.grow(one, 8)
+    tables.revision += 1
+    tables.commit(one, 8)
+    tables.release(one)
+    assert tables.match(request(1, range(12))).num_tokens == 0
