@@ -1,6 +1,7 @@
 # Works in a fresh clone with Python >= 3.11 and a package index:
 #   make demo      the embedded model writes a story, then answers eight prompts
-#   make test      all tests that need only a CPU
+#   make test      the quick tests, which need only a CPU
+#   make test-slow the others that need only a CPU
 #   make check     all that is asked of a change: style, types, import rules, tests
 #   make test-kernels  the full matrices of the kernels, in interpret mode
 #   make aot-kernels   compiles every kernel for H200 and three TPUs, and records it
@@ -20,9 +21,10 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
-CPU_TESTS := -m "not aot and not kernels" --ignore tests/parity --ignore tests/aot
+WITHOUT := not aot and not kernels
+ELSEWHERE := --ignore tests/parity --ignore tests/aot
 
-.PHONY: demo test test-kernels test-clients check lint parity aot aot-kernels fix simulate bench-guard bench clean
+.PHONY: demo test test-slow test-kernels test-clients check lint parity aot aot-kernels fix simulate bench-guard bench clean
 .DEFAULT_GOAL := test
 
 # --- environment: a stamp per set of packages, older than pyproject.toml or not ---
@@ -67,7 +69,12 @@ demo: $(VENV)/.installed
 	$(BIN)/jllm demo
 
 test: $(VENV)/.installed-test
-	$(PYTEST) $(CPU_TESTS) --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) -m "$(WITHOUT) and not slow" $(ELSEWHERE) \
+	  --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(PYTEST) -m "$(WITHOUT) and slow" $(ELSEWHERE) \
+	  --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-kernels: $(VENV)/.installed-test
 	$(PYTEST) -m kernels --numprocesses $(WORKERS) $(PYTEST_ARGS) tests/pallas_kernels
@@ -75,7 +82,7 @@ test-kernels: $(VENV)/.installed-test
 test-clients: $(VENV)/.installed $(CLIENTS)/.installed
 	$(BIN)/python -m tests.clients $(CLIENTS)/bin/python
 
-check: lint parity aot bench-guard
+check: lint parity aot bench-guard test-slow
 	$(MAKE) test PYTEST_ARGS="--cov --cov-report=term $(PYTEST_ARGS)"
 
 lint: $(VENV)/.installed-dev

@@ -13,6 +13,7 @@ from jllm.checks import wrong
 from jllm.config import EngineConfig, make_config, options_of
 from jllm.engine.create import create_engine
 from jllm.engine.loop import EngineLoop
+from jllm.engine.replicas import prepare_probed
 from jllm.errors import ConfigError, EngineStoppedError, InvalidRequestError
 from jllm.metrics import EngineStats
 from jllm.outputs import (
@@ -29,7 +30,7 @@ from jllm.text.embedding import make_stream
 from jllm.text.prompts import PreparedRequest, Prompt, make_processor
 from jllm.text.scoring import score_output, split_continuations
 from jllm.text.tokenizer import Tokenizer
-from jllm.types import EngineRequest, SamplingParams
+from jllm.types import SamplingParams
 
 LONG_TEXT = 2048
 """Characters or tokens from which a prompt is prepared beside the event loop."""
@@ -426,25 +427,12 @@ class AsyncLLM:
         opened.open(stream, partial(self._loop.abort, stream.request_id))
         request = prepared.request
         if request.probes is not None:
-            await self._compile_for(request)
+            await prepare_probed(self._engine, request)
         try:
             await asyncio.wrap_future(self._loop.add(request, opened))
         except BaseException:
             if request.probes is not None:
                 self._engine.release(request.request_id)
-            raise
-
-    async def _compile_for(self, request: EngineRequest) -> None:
-        """Compiles what a request captures and edits, in a thread of its own."""
-        compiling = asyncio.ensure_future(
-            asyncio.to_thread(self._engine.prepare, [request])
-        )
-        try:
-            await asyncio.shield(compiling)
-        except asyncio.CancelledError:
-            # The thread goes on to its end.
-            engine, request_id = self._engine, request.request_id
-            compiling.add_done_callback(lambda _: engine.release(request_id))
             raise
 
 

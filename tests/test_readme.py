@@ -39,11 +39,13 @@ def run(arguments):
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_python_example(number):
     assert run(["-c", PYTHON[number]]).strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command):
     _, *arguments = shlex.split(command)

@@ -1,5 +1,6 @@
 """Data parallelism: independent engines behind the interface of one."""
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 from itertools import chain
@@ -141,3 +142,14 @@ class Replicas:
         """Closes every replica."""
         for engine in self._engines:
             engine.close()
+
+
+async def prepare_probed(engine: Engine | Replicas, request: EngineRequest) -> None:
+    """Compiles what a request captures and edits, in a thread of its own."""
+    preparing = asyncio.ensure_future(asyncio.to_thread(engine.prepare, [request]))
+    try:
+        await asyncio.shield(preparing)
+    except asyncio.CancelledError:
+        # The thread goes on to its end.
+        preparing.add_done_callback(lambda _: engine.release(request.request_id))
+        raise

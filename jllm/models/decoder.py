@@ -278,7 +278,7 @@ class Decoder:
             rope = self.config.layers[layer].rope
             rotation = None if rope is None else rotations[rope]
             own = Layer(layer, weights, of_group, rotation, probe)
-            kind = self.config.layers[layer]
+            kind = self.config.layers[layer], self.windows[layer]
             changed, pool = run_layer(kind, own, hidden, pool)
             counts = takes_part[layer] if takes_part else None
             hidden = changed if counts is None else jnp.where(counts, changed, hidden)

@@ -97,6 +97,7 @@ def test_a_second_signal_stops_at_once():
     run(body)
 
 
+@pytest.mark.slow
 def test_a_port_is_handed_over():
     """Clients that try again, as OpenAI's does, notice nothing."""
 
@@ -168,6 +169,7 @@ def test_a_dead_engine_ends_the_process():
     run(body)
 
 
+@pytest.mark.slow
 def test_a_hanging_engine_does_not_keep_the_process():
     async def body():
         options = {"hang_at": 5, "stall_timeout": 0.3, "shutdown_timeout": 0.3}

@@ -40,6 +40,7 @@ def compiled(tmp_path_factory):
         return model, answer(llm)
 
 
+@pytest.mark.slow
 def test_a_start_finds_executables_beside_the_model(compiled):
     model, expected = compiled
     with counted_work() as work, LLM(model, **OPTIONS) as llm:
@@ -50,6 +51,7 @@ def test_a_start_finds_executables_beside_the_model(compiled):
     assert work == []
 
 
+@pytest.mark.slow
 def test_a_start_writes_nothing_beside_the_model(compiled):
     model, expected = compiled
     before = sorted(model.rglob("*"))

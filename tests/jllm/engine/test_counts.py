@@ -198,6 +198,7 @@ def shapes_to_watch(engine):
     return watched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_program_copies_the_pool_or_a_weight(dtype):
     engine = make_engine(dtype=dtype, num_blocks=4000)

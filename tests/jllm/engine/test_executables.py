@@ -54,6 +54,7 @@ def test_a_start_from_executables_traces_and_compiles_nothing(exported):
     engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"max_num_seqs": 7}, {"dtype": "bfloat16"}])
 def test_other_options_have_other_executables(exported, change):
     folder, _ = exported
@@ -96,6 +97,7 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path):
         start(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_pool_that_has_executables_is_taken(tmp_path, monkeypatch):
     """What is free on a computer differs from start to start."""
     monkeypatch.setattr("jllm.engine.startup.compilation_cache", lambda: None)

@@ -9,6 +9,7 @@ from tests.engines import LLAMA, drain, make_engine, request, shared_engine
 LARGE_VOCABULARY = {**LLAMA, "vocab_size": 20_000, "max_position_embeddings": 4096}
 
 
+@pytest.mark.slow
 def test_tokens_times_vocabulary_is_never_in_memory():
     """Of the logits a fixed number of rows, however many tokens a step has."""
     temporaries = []

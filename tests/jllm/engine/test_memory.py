@@ -48,6 +48,7 @@ def test_the_engine_prints_gib_and_tokens_and_its_pool_is_that_large(caplog):
     engine.close()
 
 
+@pytest.mark.slow
 def test_every_program_stays_within_what_was_reserved():
     engine = make_engine({**LLAMA, "vocab_size": 8000})
     reserved = engine.programs.temporary_bytes()

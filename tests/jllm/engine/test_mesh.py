@@ -47,6 +47,7 @@ def family(request):
     return config, run(shared_engine(config), workload())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_tensor_parallel_tokens_are_the_same(family, size):
     config, expected = family
@@ -64,6 +65,7 @@ def test_replicas_give_the_same_tokens(family):
     engine.close()
 
 
+@pytest.mark.slow
 def test_replicas_abort_and_forget():
     engine = make_engine(data_parallel_size=2)
     for item in workload():

@@ -259,7 +259,9 @@ def test_a_set_is_kept_while_it_is_open_and_its_programs_for_later(engine, monke
 
     monkeypatch.setattr("jllm.engine.probing.ProbedPrograms", Recorded)
     names = ("a", "b", "c")
-    probing = Probing(lambda: None, engine._probing._options, names, engine._upload)
+    probing = Probing(
+        lambda: None, engine._probing._options, names, engine._executor.upload
+    )
 
     def prepare(request_id, *capture):
         probing.prepare([probed(request_id, [3], capture)])

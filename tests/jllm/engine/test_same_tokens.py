@@ -89,6 +89,7 @@ def test_with_every_bucket_compiled(alone):
     assert run(engine, first)[("0", 0)] == alone[("0", 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -29,6 +29,7 @@ def held_back(monkeypatch):
     gate.set()
 
 
+@pytest.mark.slow
 def test_requests_are_served_while_the_other_programs_compile(held_back):
     engine = make_engine(compile_ahead=True, **SMALL_SIZES)
     for i in range(5):

@@ -90,6 +90,7 @@ def test_twice_the_replicas_are_twice_the_speed_at_the_same_cost():
     assert dollars == pytest.approx(4 * 2.0 / 3600 / small.speed * 1e6)
 
 
+@pytest.mark.slow
 def test_a_search_orders_what_fits_and_says_why_the_rest_does_not():
     found = search(task(tpu_topology("v5e:8x8")), most_compiled=2, tell=print)
     assert found.num_compiled == 0  # programs="none"
@@ -98,9 +99,11 @@ def test_a_search_orders_what_fits_and_says_why_the_rest_does_not():
     assert len(found.plans) + len(found.refused) == len(
         all_layouts(tpu_topology("v5e:8x8"))
     )
-    reasons = {layout.tensor: reason for layout, reason in found.refused}
-    assert "GiB are missing" in reasons[1]
-    assert "query heads" in reasons[64]
+    reasons = {
+        (layout.tensor, layout.pipeline): reason for layout, reason in found.refused
+    }
+    assert "GiB are missing" in reasons[1, 1]
+    assert "query heads" in reasons[64, 1]
 
 
 @pytest.fixture(scope="module")

@@ -142,6 +142,7 @@ def mixed_batch():
     return specs, logits
 
 
+@pytest.mark.slow
 def test_rows_do_not_see_each_other(make_rows, make_history, make_rules):
     specs, logits = mixed_batch()
     run = jax.jit(partial(sample, options=SamplerOptions(TOP)))

@@ -22,6 +22,7 @@ SCRIPT = pathlib.Path(simulator.__file__)
 ROOT = pathlib.Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(NUM_PARTS))
 def test_invariants_hold_after_every_step(simulator_seeds, part):
     count = -(-simulator_seeds // NUM_PARTS)

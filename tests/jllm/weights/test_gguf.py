@@ -259,6 +259,7 @@ def test_parameters_on_a_mesh(tmp_path, tensor):
         assert np.array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q8_0", "Q6_K"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_scores_are_those_of_transformers(family, kind):
