@@ -162,13 +162,25 @@ def routing() -> str:
     """Hits in the prefix cache by the way requests are routed to replicas."""
     keys = ("trace", "routing", "replicas", "ticks_per_second")
     return markdown(
-        ["trace", "replicas", "routing", "prompt tokens found", "busiest of mean"],
+        [
+            "trace",
+            "replicas",
+            "steps a second",
+            "routing",
+            "prompt tokens found",
+            "steps to the first token, p50",
+            "p99",
+            "busiest of mean",
+        ],
         [
             [
                 row["trace"],
                 row["replicas"],
+                row["ticks_per_second"],
                 row["routing"],
                 f"{row['hit_percent']:.1f} %",
+                row["ttft_ticks_p50"],
+                row["ttft_ticks_p99"],
                 f"{row['busiest_of_mean']:.2f} x",
             ]
             for row in latest(record.read("routing"), *keys)
