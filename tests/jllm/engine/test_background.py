@@ -26,8 +26,11 @@ def test_hastening_what_has_run_or_runs_changes_nothing():
 
 def test_closing_drops_the_queue():
     work, gate = BackgroundWork(1, "test"), threading.Event()
-    running = work.submit(lambda: gate.wait(10))
+    begun = threading.Event()
+    running = work.submit(lambda: begun.set() or gate.wait(10))
     queued = work.submit(lambda: 1)
+    # Else it would be dropped from the queue itself.
+    assert begun.wait(10)
     closing = threading.Thread(target=work.close)
     closing.start()
     while not queued.cancelled():
