@@ -163,6 +163,7 @@ def test_one_log_line_per_request(serve, caplog):
 
 
 def test_a_trace_per_request(serve):
+    pytest.importorskip("opentelemetry.exporter", reason="needs the extra otel")
     exporter = InMemorySpanExporter()
 
     async def body(running):
